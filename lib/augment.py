@@ -1,0 +1,126 @@
+"""Augmentation: albumentations transforms whose randomness is a function of (seed, epoch, image)."""
+
+import os
+import random
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
+
+import albumentations as A
+import cv2
+import numpy as np
+from fastai.vision.core import PILImage
+from fasttransform import Transform
+
+
+class Cutout(A.ImageOnlyTransform):
+    """Masks one square around a uniformly drawn pixel, clipped at the border (DeVries & Taylor, arXiv 1708.04552, section 3.2).
+
+    Unlike `A.CoarseDropout`, whose holes never clip, the centre of the square may be any pixel of the image.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        size: int
+        fill: float | tuple[float, ...]
+
+    def __init__(
+        self,
+        size,  # side of the square, in pixels of the image
+        fill=0,  # value of the masked pixels: one number, or one a channel; the paper's is the mean of the images
+        p=1.0,  # probability of masking
+    ):
+        if size < 1:
+            raise ValueError(f"Cutout: size must be at least 1 pixel, not {size}")
+        super().__init__(p=p)
+        self.size, self.fill = size, fill
+
+    def apply(self, img, y, x, **params):
+        out = img.copy()
+        out[max(y, 0) : max(y + self.size, 0), max(x, 0) : max(x + self.size, 0)] = self.fill
+        return out
+
+    def get_params_dependent_on_data(self, params, data):
+        h, w = params["shape"][:2]
+        half = self.size // 2
+        return {"y": self.py_random.randrange(h) - half, "x": self.py_random.randrange(w) - half}
+
+
+class CropFromPadding(A.ImageOnlyTransform):
+    """A random crop of size x size from the image padded by reflection: `A.Pad` and `A.RandomCrop` in a third of their time."""
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        size: int
+        padding: int
+
+    def __init__(
+        self,
+        size,  # side of the crop, in pixels
+        padding,  # pixels added on every side; no more than the image has
+        p=1.0,  # probability; below 1 images of another size pass through
+    ):
+        super().__init__(p=p)
+        self.size, self.padding = size, padding
+
+    def apply(self, img, y, x, **params):
+        pad = self.padding
+        if pad:
+            img = cv2.copyMakeBorder(img, pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
+        return img[y : y + self.size, x : x + self.size]
+
+    def get_params_dependent_on_data(self, params, data):
+        h, w = params["shape"][:2]
+        spare = 2 * self.padding - self.size
+        return {"y": self.py_random.randrange(h + spare + 1), "x": self.py_random.randrange(w + spare + 1)}
+
+
+class AlbumentationsTransform(Transform):
+    """An albumentations pipeline as a fastai item transform for training images.
+
+    What it does to an image is a function of (seed, epoch, index): both generators that albumentations draws from are set
+    from these three before each image, so that epochs differ, and workers, ranks and resumed runs agree. The numpy one is
+    counter-based (Philox: Salmon et al., SC 2011), so setting it costs a few microseconds.
+    """
+
+    split_idx = 0  # training images only
+
+    def __init__(
+        self,
+        transforms,  # albumentations transforms, in order
+        seed=0,  # whole number of at least 0
+    ):
+        super().__init__()
+        cv2.setNumThreads(0)
+        self.compose, self.seed = A.Compose(transforms, strict=True), seed
+
+    def apply(self, image, epoch, index):
+        """`image`, (h, w, 3) uint8, as epoch `epoch` sees the image numbered `index`."""
+        if not hasattr(self, "_philox"):  # made where it is used: a worker process makes its own
+            self._philox, self._py_random = np.random.Philox(key=self.seed), random.Random()
+            self._state = self._philox.state
+            self.compose.set_random_state(np.random.Generator(self._philox), self._py_random)
+        self._state["state"]["counter"][:] = (0, index, epoch, 0)
+        self._philox.state = self._state
+        self._py_random.seed((self.seed << 96) | (epoch << 64) | index)
+        return self.compose(image=image)["image"]
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_philox", "_py_random", "_state")}
+
+    def encodes(self, x: PILImage):
+        """The per-item path of a plain fastai loader, which knows neither epoch nor index: epoch 0, image 0."""
+        return type(x).create(self.apply(np.asarray(x), 0, 0))
+
+
+def order(seed, epoch, n):
+    """The order of `n` images in an epoch, (n,) int64: a function of (seed, epoch)."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 1])).permutation(n)
+
+
+def train_transforms(config, size, fill):
+    """The training augmentation that `config` asks for, on images of `size` pixels; `fill`: the images' mean colour, 0..255."""
+    scaled = lambda pixels: round(pixels * size / 32)
+    transforms = [CropFromPadding(size, scaled(config.crop_padding))]
+    if config.flip:
+        transforms.append(A.HorizontalFlip(p=0.5))
+    if config.cutout:
+        transforms.append(Cutout(scaled(config.cutout), tuple(fill)))
+    return transforms

@@ -1,0 +1,195 @@
+"""The settings of a run: one frozen dataclass, read from defaults, a YAML file and the command line. Needs no torch."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+
+SUGGESTIONS = ("valley", "steep", "minimum", "slide")
+SCHEDULES = ("plateau",)
+MODELS = ("small", "medium", "large")
+MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
+# A source carries its own defaults for the settings whose default below is None.
+COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True}
+SOURCES = {
+    "cifar10": {},
+    "digits": {"epochs": 20, "batch_size": 64, "model": "small", "flip": False},
+}
+
+
+class BadInput(Exception):
+    """An input or a setting that cannot be used; its text is the one line the user reads (exit status 2)."""
+
+
+def option(default, help, *flags, choices=None, low=None, high=None, kind=None):
+    """A field of `Config` and its command-line option in one.
+
+    `kind` is the type of the value where the default does not show it; `low` and `high` are inclusive bounds; where
+    `choices` stands beside a number, either is taken.
+    """
+    kind = kind or type(default)
+    return field(default=default, metadata=dict(help=help, flags=flags, choices=choices, low=low, high=high, kind=kind))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Names are those of the command line; `args.yaml` holds exactly these."""
+
+    data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive (.tgz .tar.gz .tar .zip) of one")
+    schedule: str = option("plateau", "what drives the learning rate", choices=SCHEDULES)
+    seeds: tuple = option((0,), "one run for each: weights, order and augmentation follow from it", low=0, kind=int)
+    split_seed: int = option(0, "seed of the train/valid/test split, where the data does not come split", low=0)
+    epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
+    batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
+    model: str = option(None, "network (medium; digits small)", choices=MODELS, kind=str)
+    size: object = option("auto", "image side in pixels; auto: 32 for cifar10 and digits, else 128",
+                          choices=("auto",), kind=int, low=16, high=1024)
+    valid_pct: float = option(0.1, "share of the training images held out to choose with; 0: test chooses", low=0, high=0.9)
+    lr: object = option("find", "learning rate: a number, or find (range test)", choices=("find",), kind=float, low=1e-12)
+    lr_suggest: str = option("minimum", "which suggestion of the range test is used", choices=SUGGESTIONS)
+    lr_iters: int = option(100, "batches of the range test", low=10)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=0.9999)
+    weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
+    label_smoothing: float = option(0.0, "label smoothing of the training loss", low=0, high=0.99)
+    monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
+    patience_epochs: int = option(3, "epochs without improvement that plateau forgives", low=0)
+    factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
+    min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
+    threshold: float = option(1e-4, "change that counts as an improvement", low=0)
+    threshold_mode: str = option("rel", "whether the threshold is relative or absolute", choices=("rel", "abs"))
+    cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
+    cutout: int = option(8, "side of the cutout square, in pixels of a 32-pixel side; 0: none", low=0, high=64)
+    crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
+    flip: bool = option(None, "flip horizontally at random (on; digits off)", kind=bool)
+    precision: str = option("auto", "number format of training; auto: bf16 where the chip has it",
+                            choices=("auto", "float32", "bf16", "fp16"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: object = option("auto", "loader processes; auto: 0 on a CPU", "-j", choices=("auto",), kind=int, low=0, high=256)
+    threads: object = option("auto", "CPU threads of torch; auto: one a core", choices=("auto",), kind=int, low=1, high=1024)
+    out: str = option("runs", "folder of the run folders")
+    name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
+    cache: str = option("", "folder for downloaded and unpacked data; default fastai's")
+    target: float = option(0.88, "test accuracy whose first epoch and second the summary names", low=0, high=1)
+    gallery: int = option(25, "mistakes explained in gradcam.png", low=0, high=100)
+    lr_find_only: bool = option(False, "stop after the range test")
+    dry_run: bool = option(False, "show settings, data and network; train and write nothing")
+    progress: bool = option(True, "progress bar, on a terminal")
+
+    def __post_init__(self):
+        own = {**COMMON, **SOURCES.get(self.data, {})}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is None and f.name in own:
+                value = own[f.name]
+            object.__setattr__(self, f.name, check(f, value))
+
+    @property
+    def seed(self):
+        """The seed of a single run."""
+        return self.seeds[0]
+
+    def to_dict(self):
+        """The settings as plain values, for YAML and JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def flag_of(name):
+    """The command-line spelling of the setting `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def check(f, value):
+    """Returns `value` as the type of field `f`. Raises BadInput naming the setting where it is of another type or out of range."""
+    if f.name == "seeds":
+        many = value if isinstance(value, (list, tuple)) else [value]
+        if not many or len(set(map(str, many))) < len(many):
+            raise BadInput(f"{flag_of(f.name)}: one or several different whole numbers, not {value!r}")
+        return tuple(check_one(f, v) for v in many)
+    return check_one(f, value)
+
+
+def check_one(f, value):
+    m = f.metadata
+    kind, choices, low, high = m["kind"], m["choices"], m["low"], m["high"]
+    numeric = kind in (int, float)
+    what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    if low is not None or high is not None:
+        what += {(True, True): f" from {low} to {high}", (True, False): f" of at least {low}"}[low is not None, high is not None]
+    if choices:
+        what = " or ".join(filter(None, [what if numeric else "", ", ".join(choices)]))
+    bad = BadInput(f"{flag_of(f.name)}: must be {what}, not {value!r}" + guess(value, choices))
+    if choices and isinstance(value, str) and value in choices:
+        return value
+    if numeric:
+        try:
+            number = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            raise bad from None
+        if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
+            raise bad
+        if (low is not None and number < low) or (high is not None and number > high):
+            raise bad
+        return number
+    if choices or not isinstance(value, kind) or (kind is str and not value.isprintable()):
+        raise bad
+    return value
+
+
+def guess(word, words):
+    """' (did you mean …?)', or nothing."""
+    near = difflib.get_close_matches(str(word), words or (), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see --help")
+
+
+def parser():
+    """The command line of `train_fastai.py`."""
+    p = Parser(prog="train_fastai.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+               description="Train an image classifier in one command: range test, SGD under a schedule, curves, explained mistakes.")
+    for f in dataclasses.fields(Config):
+        m, default = f.metadata, f.default
+        shown = "" if default is None or default == "" else f" ({' '.join(map(str, default)) if f.name == 'seeds' else default})"
+        if m["kind"] is bool:
+            action = argparse.BooleanOptionalAction if default is not False else "store_true"
+            p.add_argument(flag_of(f.name), *m["flags"], dest=f.name, action=action, help=m["help"])
+        else:
+            metavar = "|".join(m["choices"]) if m["choices"] and m["kind"] is str else None
+            p.add_argument(flag_of(f.name), *m["flags"], dest=f.name, help=(m["help"] + shown).replace("%", "%%"),
+                           metavar=metavar, nargs="+" if f.name == "seeds" else None)
+    p.add_argument("-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it")
+    p.add_argument("--smoke", action="store_true", help="the whole line in seconds: digits, 2 epochs, unless flags say otherwise")
+    return p
+
+
+def read_file(path):
+    """The settings in a YAML file. Raises BadInput on a file that cannot be read, is no mapping, or has an unknown key."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = yaml.safe_load(f) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise BadInput(f"--config {path}: cannot be read ({' '.join(str(e).split())})") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"--config {path}: must hold 'setting: value' lines")
+    names = [f.name for f in dataclasses.fields(Config)]
+    for key in found:
+        if key not in names:
+            raise BadInput(f"--config {path}: unknown setting {key!r}" + guess(key, names))
+    return found
+
+
+def parse(argv=None):
+    """The `Config` that a command line asks for; flags win over the file, the file over defaults.
+
+    Raises BadInput (one line) for anything wrong that needs neither torch nor the data to be seen.
+    """
+    flags = vars(parser().parse_args(argv))
+    smoke = {"data": "digits", "epochs": 2} if flags.pop("smoke", False) else {}
+    path = flags.pop("config", None)
+    return Config(**{**smoke, **(read_file(path) if path else {}), **flags})

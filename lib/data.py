@@ -1,0 +1,389 @@
+"""From a source of images to fastai DataLoaders: train, valid, test."""
+
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import TfmdDL
+from fastai.data.external import URLs, fastai_cfg
+from fastai.data.transforms import Normalize
+from fastai.torch_core import TensorCategory, TensorImage
+from fastai.vision.data import ImageBlock
+from PIL import Image, ImageOps
+
+from lib.augment import AlbumentationsTransform, order, train_transforms
+from lib.config import BadInput
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
+VALID_NAMES = ("valid", "val", "validation")
+MAX_PIXELS = 100_000_000  # an image of more is refused from its header, before it takes memory
+RESIZE_RULE = "upright (EXIF), RGB, shorter side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
+TEST_PCT = 0.2  # of the images, where the data brings no test set
+
+
+# --- sources: each returns the root folder of its images -------------------------------------------------------------
+
+
+def cache_dir(config):
+    """Where downloaded and unpacked data lies: --cache, or fastai's data folder (under FASTAI_HOME)."""
+    return Path(config.cache).expanduser() if config.cache else fastai_cfg().path("data")
+
+
+def cifar10(config):
+    """fastai's CIFAR-10 (`URLs.CIFAR`), downloaded once and checked by fastai's own size and hash."""
+    import fastai.data
+    from fastdownload import FastDownload
+
+    folder = cache_dir(config) / "cifar10"
+    if not folder.is_dir():
+        try:
+            archive = FastDownload(fastai_cfg(), module=fastai.data).download(URLs.CIFAR)
+        except Exception as e:  # urllib, ssl, socket and fastdownload each raise their own
+            raise BadInput(f"--data cifar10: download from {URLs.CIFAR} failed ({one_line(e)}); without a network pass "
+                           "--data digits, or --data with a folder or an archive of images") from None
+        unpack(archive, folder)
+    return folder
+
+
+def digits(config):
+    """scikit-learn's 1,797 handwritten digits (8 x 8, 16 grey levels), written as PNG files: no network."""
+    folder = cache_dir(config) / "digits"
+    if not folder.is_dir():
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        with whole_folder(folder) as part:
+            for i, (image, label) in enumerate(zip(found.images, found.target)):
+                (part / str(label)).mkdir(exist_ok=True)
+                Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(part / str(label) / f"{i:04}.png")
+    return folder
+
+
+SOURCES = {"cifar10": cifar10, "digits": digits}
+
+
+def root_folder(config):
+    """The folder of images that `--data` names. Raises BadInput where there is none."""
+    if config.data in SOURCES:
+        try:
+            return enter(SOURCES[config.data](config))
+        except OSError as e:
+            raise BadInput(f"--cache {cache_dir(config)}: cannot be written ({one_line(e)}); pass another folder") from None
+    path = Path(config.data).expanduser()
+    if path.is_dir():
+        return enter(path)
+    if path.is_file() and path.name.lower().endswith(ARCHIVES):
+        digest = hashlib.sha256()
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+        folder = cache_dir(config) / f"{path.name.split('.')[0]}-{digest.hexdigest()[:16]}"
+        if not folder.is_dir():
+            unpack(path, folder)
+        return enter(folder)
+    if path.exists():
+        raise BadInput(f"--data {path}: is neither a folder nor an archive ({' '.join(ARCHIVES)})")
+    raise BadInput(f"--data {path}: not found; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
+
+
+def enter(folder):
+    """`folder`, or the single folder in it that holds everything, as archives often have."""
+    inside = visible(folder)
+    return enter(inside[0]) if len(inside) == 1 and inside[0].is_dir() and inside[0].name != "train" else folder
+
+
+class whole_folder:
+    """`with whole_folder(path) as part:` fill `part`; it becomes `path` when all went well, and leaves nothing otherwise."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.part = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+        return self.part
+
+    def __exit__(self, kind, value, trace):
+        if kind is None and not self.path.exists():
+            self.part.chmod(0o755)
+            self.part.rename(self.path)
+        else:
+            shutil.rmtree(self.part, ignore_errors=True)
+
+
+def unpack(archive, folder):
+    """Unpacks `archive` into the new `folder`. Raises BadInput, with nothing left behind, on a damaged archive or a member
+    that is anything but a file or folder inside it."""
+    with whole_folder(folder) as part:
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as z:
+                    links = [m.filename for m in z.infolist() if (m.external_attr >> 16) & 0o170000 not in (0, 0o100000, 0o040000)]
+                    refuse(archive, z.namelist(), links)
+                    z.extractall(part)
+            else:
+                with tarfile.open(archive) as t:
+                    members = t.getmembers()
+                    refuse(archive, [m.name for m in members], [m.name for m in members if not (m.isfile() or m.isdir())])
+                    t.extractall(part, filter="data")
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError, OSError) as e:
+            raise BadInput(f"--data {archive}: cannot be unpacked ({one_line(e)}); is the file whole, and the disk not full?") from None
+
+
+def refuse(archive, names, specials):
+    for name in specials:
+        raise BadInput(f"--data {archive}: member {name!r} is no plain file or folder; the whole archive is refused")
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
+            raise BadInput(f"--data {archive}: member {name!r} points outside; the whole archive is refused")
+
+
+def one_line(e):
+    return " ".join(f"{type(e).__name__}: {e}".split())
+
+
+# --- what is train, valid and test -----------------------------------------------------------------------------------
+
+
+def visible(folder):
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+
+
+def scan(folder):
+    """The images under `folder`, class by class: [(path, class name)], in an order that the names alone decide.
+
+    Each folder in it is a class. Hidden names and links to folders are passed over. Raises BadInput for an empty class.
+    """
+    found = []
+    for sub in visible(folder):
+        if not sub.is_dir() or sub.is_symlink():
+            continue
+        files = [Path(at) / name for at, _, names in os.walk(sub) for name in names
+                 if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        if not files:
+            raise BadInput(f"{sub}: no images ({' '.join(EXTENSIONS)}); remove the folder, or put images of class {sub.name!r} in it")
+        found += [(path, sub.name) for path in sorted(files, key=lambda p: p.relative_to(folder).as_posix())]
+    return found
+
+
+def split_off(items, pct, seed):
+    """Splits [(path, class)] into (rest, held): `pct` of every class, at least one image, a function of `seed`."""
+    held = set()
+    for k, name in enumerate(sorted({c for _, c in items})):
+        own = [i for i, (_, c) in enumerate(items) if c == name]
+        if len(own) < 2:
+            raise BadInput(f"class {name!r} has too few images to hold some out; it needs at least 3 in all")
+        n = min(max(round(len(own) * pct), 1), len(own) - 1)
+        held.update(np.random.default_rng([seed, k]).permutation(own)[:n].tolist())
+    return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
+
+
+def find_images(root, valid_pct, split_seed):
+    """Three lists of (path, class) under `root`: train, valid, test. With valid_pct 0 and no valid set, valid is test.
+
+    `train/` beside `valid|val|validation` and `test` is taken as it is; a single set beside `train/` is test; plain class
+    folders, or `train/` alone, give 20% of each class to test. What is held out is stratified and follows `split_seed`.
+    """
+    root = Path(root)
+    valids = [root / n for n in VALID_NAMES if (root / n).is_dir()]
+    if len(valids) > 1:
+        raise BadInput(f"{root}: has both {valids[0].name}/ and {valids[1].name}/; keep one")
+    test = [root / "test"] if (root / "test").is_dir() else []
+    split = (root / "train").is_dir()
+    train = scan(root / "train" if split else root)
+    if not train:
+        raise BadInput(f"{root}: no images in class folders; expected <class>/<image>, or train/<class>/<image>")
+    sets = [scan(s) for s in (valids + test if split else [])]
+    classes = sorted({c for _, c in train})
+    for folder, found in zip(valids + test, sets):
+        if not found:
+            raise BadInput(f"{folder}: no images in class folders; fill it or remove it")
+        for path, name in found:
+            if name not in classes:
+                raise BadInput(f"{path.parent}: class {name!r} is not among those of train ({', '.join(classes[:5])}…)")
+    if len(classes) < 2:
+        raise BadInput(f"{root}: only one class ({classes[0]!r}); a classifier needs at least two class folders")
+    if len(sets) == 2:
+        return train, sets[0], sets[1]
+    if sets:
+        held = sets[0]
+    else:
+        train, held = split_off(train, TEST_PCT, split_seed)
+    if valid_pct == 0:
+        return train, held, held
+    train, valid = split_off(train, valid_pct, split_seed + 1)
+    return train, valid, held
+
+
+# --- images in memory ------------------------------------------------------------------------------------------------
+
+
+def decode(path, size):
+    """The image at `path` as (h, w, 3) uint8, its shorter side `size` pixels, upright (EXIF), 16 bits scaled to 8.
+
+    Raises BadInput naming the file where it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInput(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read: shrink or remove it")
+            image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                image = from_deep(np.asarray(image))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGB")
+            if min(image.size) != size:
+                scale = size / min(image.size)
+                to = [max(round(side * scale), size) for side in image.size]
+                image = image.resize(to, Image.Resampling.BICUBIC)
+            return np.asarray(image)
+    except BadInput:
+        raise
+    except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
+        raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
+
+
+def from_deep(a):
+    """16-bit and float grey levels as 8-bit: whole numbers over 255 are 16-bit, floats up to 1 are shares of white."""
+    a = a.astype(np.float64)
+    top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
+    return Image.fromarray((a.clip(0, top) * (255 / top)).round().astype(np.uint8))
+
+
+class Store:
+    """Decoded images, one after another in one uint8 buffer; `store[i]` is a (h, w, 3) view of image i."""
+
+    def __init__(
+        self,
+        paths,  # image files
+        size,  # shorter side, in pixels
+        root=Path(),  # folder that `names` are relative to
+        threads=None,  # decoding threads; None: one a core
+    ):
+        self.paths, self.size = list(paths), size
+        self.names = [Path(os.path.relpath(p, root)).as_posix() for p in self.paths]
+        self.index = {p: i for i, p in enumerate(self.paths)}
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            images = list(pool.map(lambda p: decode(p, size), self.paths, chunksize=64))
+        self.shapes = [i.shape for i in images]
+        self.offsets = np.cumsum([0] + [i.size for i in images])
+        self.data = np.concatenate([i.reshape(-1) for i in images]) if images else np.empty(0, np.uint8)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.data[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
+
+    def fingerprint(self):
+        """A hash of names, shapes and pixels: 16 hexadecimal digits."""
+        h = hashlib.blake2b(self.data, digest_size=8)
+        h.update(repr(list(zip(self.names, self.shapes))).encode())
+        return h.hexdigest()
+
+    def stats(self, ids):
+        """Mean and standard deviation a channel, in 0..1, over every pixel of images `ids`: two (3,) float arrays."""
+        counts = np.zeros((3, 256))
+        for i in ids:
+            pixels = self[i].reshape(-1, 3)
+            for c in range(3):
+                counts[c] += np.bincount(pixels[:, c], minlength=256)
+        share, level = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+        mean = share @ level
+        return mean, np.maximum(np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), 1e-3)
+
+
+def centre(image, size):
+    """The central size x size pixels of `image`."""
+    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[y : y + size, x : x + size]
+
+
+class StoreDL(TfmdDL):
+    """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
+
+    The order of a shuffled epoch is a function of (seed, epoch), the augmentation of (seed, epoch, image). `epoch` moves
+    on after each complete pass. Files that are not in the store (`dls.test_dl`) are decoded as they come.
+    """
+
+    def __init__(self, dataset, store=None, seed=0, epoch=0, **kwargs):
+        super().__init__(dataset, **kwargs)
+        self.store, self.seed, self.epoch = store, seed, epoch
+        paths = list(dataset.items)
+        self.ids = [store.index.get(p) for p in paths]
+        self.labels = None
+        if len(dataset.tls) > 1:
+            get_y, (categorize, *_) = dataset.tls[1].tfms.fs[0], dataset.tls[1].tfms.fs[1:]
+            self.labels = np.array([categorize.vocab.o2i[get_y(p)] for p in paths], dtype=np.int64)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{"store": self.store, "seed": self.seed, "epoch": self.epoch, **kwargs})
+
+    def randomize(self):
+        "Nothing: the order needs no state."
+
+    def shuffle_fn(self, idxs):
+        return order(self.seed, self.epoch, len(idxs)).tolist()
+
+    def after_iter(self):
+        self.epoch += 1
+
+    def do_item(self, i):
+        return i or 0
+
+    def do_batch(self, idxs):
+        store, augment = self.store, None
+        if self.dataset.split_idx == 0:
+            augment = next((t for t in self.after_item.fs if isinstance(t, AlbumentationsTransform)), None)
+        images = np.empty((len(idxs), store.size, store.size, 3), np.uint8)
+        for at, i in enumerate(idxs):
+            known = self.ids[i]
+            image = decode(self.dataset.items[i], store.size) if known is None else store[known]
+            images[at] = augment.apply(image, self.epoch, known or 0) if augment else centre(image, store.size)
+        x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
+        return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
+
+
+def image_size(config):
+    """`--size` in pixels."""
+    return config.size if config.size != "auto" else 32 if config.data in SOURCES else 128
+
+
+def get_dls(config, device="cpu"):
+    """`config.data` as DataLoaders with `train`, `valid`, `test`, `vocab` (classes) and `store`; images (n, 3, size, size).
+
+    Raises BadInput (one line) for data that cannot be trained on.
+    """
+    root, size = root_folder(config), image_size(config)
+    train, valid, test = find_images(root, config.valid_pct, config.split_seed)
+    items = train + (valid if valid is not test else []) + test
+    store = Store([p for p, _ in items], size, root)
+    label, n = dict(items), len(train)
+    splits = [list(range(n)), list(range(n, n + len(valid))), list(range(len(items) - len(test), len(items)))]
+    mean, std = store.stats(splits[0])
+    augment = AlbumentationsTransform(train_transforms(config, size, (mean * 255).tolist()), config.seed)
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock(vocab=sorted(set(label.values())))),
+        get_items=lambda _: store.paths,
+        get_y=label.get,
+        splitter=lambda _: splits,
+        item_tfms=augment,
+        batch_tfms=Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False),
+        dl_type=StoreDL,
+    )
+    workers = config.workers if config.workers != "auto" else 0 if torch.device(device).type == "cpu" else min(8, os.cpu_count())
+    dls = block.dataloaders(root, path=root, bs=config.batch_size, val_bs=500, drop_last=False, num_workers=workers,
+                            device=torch.device(device), store=store, seed=config.seed)
+    dls.test, dls.store, dls.mean, dls.std = dls[2], store, mean, std
+    return dls

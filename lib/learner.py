@@ -1,0 +1,240 @@
+"""SGDLearner: fastai's Learner with plain SGD, a stated weight decay, a true record, and evaluation that disturbs nothing."""
+
+import copy
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from fastai.callback.core import CancelValidException, TrainEvalCallback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import OptimWrapper
+from torch import nn
+
+from lib.callbacks import EpochRecorder
+from lib.config import BadInput
+from lib.runs import cpu_name
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def decay_split(model):
+    """Two lists of parameters: those that weight decay acts on, and those it leaves alone (norms and biases)."""
+    spared = [p for m in model.modules() for n, p in m.named_parameters(recurse=False) if isinstance(m, NORMS) or n == "bias"]
+    ids = {id(p) for p in spared}
+    return [[p for p in model.parameters() if p.requires_grad and id(p) not in ids], [p for p in spared if p.requires_grad]]
+
+
+class SGDLearner(Learner):
+    """A Learner that trains with plain SGD: v = mom * v + (g + wd * w), w = w - lr * v (torch's form of momentum and L2).
+
+    `learn.recorder.rows` holds a dict an epoch, the columns of results.csv. Raises `Diverged` on a non-finite loss.
+    """
+
+    def __init__(
+        self,
+        dls,  # DataLoaders: train, valid and, where `dls.test` stands, test
+        model,  # maps images (n, 3, h, w) to logits (n, classes)
+        loss_func=None,  # None: cross-entropy
+        lr=0.1,  # learning rate, where `fit` gets none
+        mom=0.9,  # momentum
+        wd=5e-4,  # L2 penalty of weights; norms and biases have none
+        precision="float32",  # float32, bf16 or fp16: the format of matrix products in training
+        channels_last=True,  # memory format of images and weights
+        cbs=None,  # further callbacks
+        **kwargs,  # as fastai's Learner
+    ):
+        loss_func = loss_func or CrossEntropyLossFlat()
+        self.dtype, self.scaler = DTYPES[precision], None
+        device = torch.device(dls.device or "cpu")
+        model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        super().__init__(
+            dls, model, loss_func, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=mom)), lr=lr,
+            splitter=decay_split, wd=[wd, 0.0], moms=(mom, mom, mom), default_cbs=False,
+            cbs=[TrainEvalCallback(), EpochRecorder(), *(cbs or [])], **kwargs,
+        )  # fmt: skip
+        if self.dtype is torch.float16 and device.type == "cuda":
+            self.scaler = torch.amp.GradScaler("cuda")
+
+    def autocast(self):
+        """The context in which training's forward passes run."""
+        return torch.autocast(torch.device(self.dls.device or "cpu").type, self.dtype, enabled=self.dtype is not torch.float32)
+
+    def _split(self, b):
+        super()._split(tuple(t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t for t in b))
+
+    def _do_one_batch(self):
+        with self.autocast():
+            self.pred = self.model(*self.xb)
+        self.pred = self.pred.float()
+        self("after_pred")
+        if len(self.yb):
+            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            self.loss = self.loss_grad.detach()
+        self("after_loss")
+        if self.training and len(self.yb):
+            self._do_grad_opt()
+
+    def _backward(self):
+        (self.scaler.scale(self.loss_grad) if self.scaler else self.loss_grad).backward()
+
+    def _step(self):
+        if self.scaler:
+            self.scaler.step(self.opt.opt)
+            self.scaler.update()
+        else:
+            self.opt.step()
+
+    def _do_epoch(self):
+        self._do_epoch_train()
+        self._with_events(self._evaluate, "validate", CancelValidException)
+
+    def _evaluate(self):
+        for name in ("valid", "test"):
+            dl = getattr(self.dls, name, None)
+            if dl is not None:
+                self.recorder.record_evaluation(name, *self.loss_and_accuracy(dl))
+
+    @torch.no_grad()
+    def loss_and_accuracy(self, dl, float32=False):
+        """Mean cross-entropy and accuracy over every image of `dl`, in eval mode; mode and everything else as before.
+
+        In training's precision, or with `float32` in float32.
+        """
+        loss = correct = torch.zeros((), dtype=torch.float64)
+        n = 0
+        for _, logits, targets in self.logits(dl, float32):
+            loss = loss + nn.functional.cross_entropy(logits, targets, reduction="sum").double().cpu()
+            correct = correct + (logits.argmax(1) == targets).sum().double().cpu()
+            n += len(targets)
+        return (loss / n).item(), (correct / n).item()
+
+    @torch.no_grad()
+    def logits(self, dl, float32=True):
+        """Yields (images, logits in float32, targets or None) for each batch of `dl`, the model in eval mode."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            for b in dl:
+                x, *y = (t.as_subclass(torch.Tensor) for t in self._set_device(b))
+                with self.autocast() if not float32 else torch.autocast(x.device.type, enabled=False):
+                    yield x, self.model(x).float(), y[0] if y else None
+        finally:
+            self.model.train(training)
+
+    def validate(self, ds_idx=1, dl=None, cbs=None):
+        """(loss, accuracy) on a loader, by default valid. Unlike fastai's it touches neither the record nor any callback."""
+        return self.loss_and_accuracy(dl if dl is not None else self.dls[ds_idx])
+
+    @contextmanager
+    def validation_context(self, cbs=None, inner=False):
+        """As fastai's, without a `before_fit` for callbacks that are in the middle of one; state is restored after."""
+        names = ("epoch", "iter", "n_iter", "dl", "xb", "yb", "pred", "loss")
+        kept = {n: getattr(self, n) for n in names if hasattr(self, n)}
+        training, mode = self.training, self.model.training
+        others = [cb for cb in self.cbs if not isinstance(cb, TrainEvalCallback)]
+        with self.removed_cbs(others), super().validation_context(cbs, inner=True):
+            try:
+                yield
+            finally:
+                self.training = training
+                self.model.train(mode)
+                for n, v in kept.items():
+                    setattr(self, n, v)
+
+    def fit(self, n_epoch, lr=None, **kwargs):
+        """Trains `n_epoch` epochs; `learn.recorder.rows` starts anew. Raises Diverged on a non-finite loss."""
+        self.recorder.reset()
+        super().fit(n_epoch, lr, **kwargs)
+
+    def probe(self):
+        """A learner on a copy of the model with an optimizer of its own, for looks that must leave no trace. No callbacks."""
+        twin = copy.copy(self)
+        twin.cbs, twin.model, twin.opt = type(self.cbs)(), copy.deepcopy(self.model), None
+        twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
+        twin.create_opt()
+        twin.opt.set_hypers(wd=self.wd)
+        twin.training = True
+        return twin
+
+    def lr_find(self, start_lr=1e-5, end_lr=10, num_it=100, **kwargs):
+        """The LR range test: see `lr_range.find`."""
+        from lib import lr_range
+
+        return lr_range.find(self, start_lr, end_lr, num_it, **kwargs)
+
+
+def pick_device(config):
+    """`--device` as a torch.device. Raises BadInput where there is no such device."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device: {config.device!r} is not to be had on this machine; pass auto or cpu") from None
+
+
+def pick_precision(config, device):
+    """`--precision`; auto is bf16 where the chip computes in it, else float32. Raises BadInput for fp16 off CUDA."""
+    if config.precision == "auto":
+        if device.type == "cuda":
+            has = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            chip = torch.cpu.get_capabilities()
+            has = device.type == "cpu" and (chip.get("avx512_bf16") or chip.get("amx_bf16") or chip.get("bf16"))
+        return "bf16" if has else "float32"
+    if config.precision == "fp16" and device.type != "cuda":
+        raise BadInput("--precision: fp16 needs a CUDA device; pass bf16, float32 or auto")
+    return config.precision
+
+
+def build(config, dls, model, precision="float32", cbs=None):
+    """The SGDLearner that `config` asks for."""
+    loss = CrossEntropyLossFlat(label_smoothing=config.label_smoothing)
+    return SGDLearner(dls, model, loss, mom=config.momentum, wd=config.weight_decay, precision=precision, cbs=cbs,
+                      path=dls.path)  # fmt: skip
+
+
+def set_threads(config):
+    """Sets torch's CPU threads to `--threads` and returns their number; it is part of what makes a run repeatable."""
+    if config.threads != "auto":
+        torch.set_num_threads(config.threads)
+    return torch.get_num_threads()
+
+
+def seed_everything(seed):
+    """Seeds torch's generators: weights and dropout. Order and augmentation need no state (`augment`)."""
+    torch.manual_seed(seed)
+
+
+def facts(config, learn, precision, threads):
+    """What `auto` became, and what the data is, for env.json and the first lines of a run."""
+    dls = learn.dls
+    sets = {"train": dls.train, "valid": dls.valid, "test": dls.test}
+    return {
+        "device": str(dls.device),
+        "device_name": torch.cuda.get_device_name(dls.device) if dls.device.type == "cuda" else cpu_name(),
+        "precision": precision,
+        "threads": threads,
+        "workers": dls.train.fake_l.num_workers,
+        "size": dls.store.size,
+        "images": {name: len(dl.dataset) for name, dl in sets.items()},
+        "classes": list(dls.vocab),
+        "chosen_on": "valid" if config.valid_pct or len(dls.valid.dataset.items) != len(dls.test.dataset.items) else "test",
+        "data_fingerprint": dls.store.fingerprint(),
+        "params": sum(p.numel() for p in learn.model.parameters()),
+    }
+
+
+def banner(config, facts, where):
+    """The first lines of a run."""
+    images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
+    return (
+        f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, {facts['workers']} workers\n"
+        f"{config.data}: {images}; {len(facts['classes'])} classes, {facts['size']} x {facts['size']} pixels\n"
+        f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, batches of {config.batch_size}, "
+        f"seed {config.seed}\n-> {where}"
+    )

@@ -1,0 +1,150 @@
+"""The run folder. Every file in it is whole or absent: written beside itself, synced, renamed."""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from lib.config import BadInput
+
+PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
+
+
+def write(path, content):
+    """Writes `content` (text or bytes) to `path`, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({e.strerror})") from None
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path, rows, columns=None):
+    """Writes a list of dicts that share their keys; `columns` where there may be none."""
+    text = io.StringIO()
+    out = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
+    out.writeheader()
+    out.writerows(rows)
+    write(path, text.getvalue())
+
+
+def write_figure(path, figure):
+    """Writes a matplotlib figure as PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=130)
+    write(path, png.getvalue())
+
+
+def commit():
+    """The commit of this code, '+' behind it where the tree differs; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        tree = ["status", "--porcelain", "--untracked-files=no", "--", "*.py"]
+        dirty = subprocess.run([*git, *tree], capture_output=True, text=True, check=True).stdout
+        return head + ("+" if dirty.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment():
+    """Versions, commit and machine, for env.json."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in PACKAGES},
+        "commit": commit(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Run:
+    """One run folder: `run.path`, and `run.env`, the content of env.json."""
+
+    def __init__(self, path, config, env):
+        self.path, self.env = path, env
+        write(path / "args.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        self.note()
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def note(self, **facts):
+        """Adds facts to env.json."""
+        self.env.update(facts)
+        write_json(self / "env.json", self.env)
+
+    def save_rows(self, rows):
+        """Writes results.csv, a row an epoch."""
+        write_csv(self / "results.csv", rows)
+
+    def save_model_card(self, card):
+        """Writes weights/model.json, which rebuilds the network."""
+        (self / "weights").mkdir()
+        write_json(self / "weights/model.json", card)
+
+    def save_weights(self, content):
+        """Writes weights/best.safetensors."""
+        write(self / "weights/best.safetensors", content)
+
+
+def name_of(config):
+    """The default name of a run: data, what varies, seed."""
+    return f"{Path(config.data).name.split('.')[0] or 'data'}-{config.schedule}-s{config.seed}"
+
+
+def start(config, **facts):
+    """A new run folder under `config.out` (-2, -3 … behind a name that is taken) with args.yaml and env.json in it."""
+    name = config.name or name_of(config)
+    if Path(name).name != name or name.startswith("."):
+        raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {name!r}")
+    for i in range(1, 10_000):
+        path = Path(config.out).expanduser() / (name if i == 1 else f"{name}-{i}")
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not path.is_dir():
+                raise BadInput(f"--out {config.out}: {path} is a file; pass another folder") from None
+        except OSError as e:
+            raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
+    return Run(path, config, {**environment(), **facts})

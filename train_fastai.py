@@ -1,0 +1,70 @@
+"""Train an image classifier in one command: range test, SGD under a schedule, curves, explained mistakes.
+
+    uv run train_fastai.py                       CIFAR-10, 50 epochs, SGD with momentum, ReduceLROnPlateau
+    uv run train_fastai.py --data digits         no download, a minute
+    uv run train_fastai.py --help                every setting
+"""
+
+import dataclasses
+import sys
+
+from lib import config as settings
+
+
+def main(argv=None):
+    """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 3 diverged, 130 interrupted."""
+    try:
+        config = settings.parse(argv)
+        for seed in config.seeds:
+            status = train(dataclasses.replace(config, seeds=(seed,)))
+            if status:
+                return status
+        return 0
+    except settings.BadInput as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what the run had finished stands in its folder", file=sys.stderr)
+        return 130
+
+
+def train(config):
+    """One run, from data to explained mistakes."""
+    from lib import callbacks, data, evaluate, learner, models, runs, schedules
+
+    device = learner.pick_device(config)
+    precision = learner.pick_precision(config, device)
+    threads = learner.set_threads(config)
+    dls = data.get_dls(config, device)
+    learner.seed_everything(config.seed)
+    model = models.build(config.model, len(dls.vocab))
+    learn = learner.build(config, dls, model, precision)
+    facts = learner.facts(config, learn, precision, threads)
+    if config.dry_run:
+        print(learner.banner(config, facts, "nothing: dry run"))
+        return 0
+
+    run = runs.start(config, **facts)
+    print(learner.banner(config, facts, run.path))
+    evaluate.save_train_batch(learn, run)
+    lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
+    run.note(lr=lr)
+    if config.lr_find_only:
+        return 0
+
+    run.save_model_card(models.card(config.model, dls, data.RESIZE_RULE))
+    best = callbacks.KeepBest(run.save_weights)
+    progress = callbacks.Progress(config.progress, on_epoch=lambda rows: run.save_rows(rows))
+    learn.add_cbs([best, progress])
+    try:
+        schedules.fit(learn, config, lr)
+    except callbacks.Diverged as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 3
+
+    evaluate.report(learn, config, run, best)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
