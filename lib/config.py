@@ -47,7 +47,7 @@ class Config:
                           choices=("auto",), kind=int, low=16, high=1024)
     valid_pct: float = option(0.1, "share of the training images held out to choose with; 0: test chooses", low=0, high=0.9)
     lr: object = option("find", "learning rate: a number, or find (range test)", choices=("find",), kind=float, low=1e-12)
-    lr_suggest: str = option("minimum", "which suggestion of the range test is used", choices=SUGGESTIONS)
+    lr_suggest: str = option("steep", "which suggestion of the range test is used", choices=SUGGESTIONS)
     lr_iters: int = option(100, "batches of the range test", low=10)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)

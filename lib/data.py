@@ -320,6 +320,7 @@ class StoreDL(TfmdDL):
     def __init__(self, dataset, store=None, seed=0, epoch=0, **kwargs):
         super().__init__(dataset, **kwargs)
         self.store, self.seed, self.epoch = store, seed, epoch
+        self.fake_l.generator = torch.Generator()  # else each pass would draw its workers' seed from torch's global state
         paths = list(dataset.items)
         self.ids = [store.index.get(p) for p in paths]
         self.labels = None

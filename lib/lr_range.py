@@ -9,7 +9,7 @@ from fastai.callback import schedule as fastai_schedule
 
 from lib.config import SUGGESTIONS, BadInput
 
-SMOOTHING = 0.02  # width of the smoothing window (standard deviation), as a share of the test's length
+SMOOTHING = 0.04  # width of the smoothing window (standard deviation), as a share of the test's length
 DIVERGED = 4  # the test ends where the loss is so many times its least value
 
 

@@ -1,0 +1,42 @@
+"""GradCAM maps (Selvaraju et al., arXiv 1610.02391) by the grad-cam package, on a copy of the model."""
+
+import copy
+
+import numpy as np
+import torch
+
+
+def maps(
+    model,  # network: images -> logits (n, classes)
+    layer,  # the module of `model` whose output is read; its map should be at least 4 x 4
+    images,  # (n, channels, h, w) float tensor, normalised as for the network
+    targets,  # n class numbers: the class that each map explains
+    batch_size=64,  # images at a time
+):
+    """Where the network saw the target class in each image: (n, h, w) float32 array in 0..1.
+
+    `model` is left as it was: weights, mode, gradients, hooks. Raises ValueError where `targets` and `images` differ in
+    number, or `layer` is not in `model`.
+    """
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    if len(targets) != len(images):
+        raise ValueError(f"{len(images)} images, but {len(targets)} targets")
+    name = next((n for n, m in model.named_modules() if m is layer), None)
+    if name is None:
+        raise ValueError(f"the layer {type(layer).__name__} is not a part of the model")
+    if len(images) == 0:
+        return np.zeros((0, *images.shape[2:]), np.float32)
+    twin = copy.deepcopy(model).float().eval().requires_grad_(True)
+    for m in twin.modules():
+        if getattr(m, "inplace", False):
+            m.inplace = False  # an in-place ReLU behind the layer would change what the hook kept
+    twin.zero_grad()
+    cam = GradCAM(twin, [twin.get_submodule(name)])
+    images, found = torch.as_tensor(images).as_subclass(torch.Tensor).detach().float(), []
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        for at in range(0, len(images), batch_size):
+            wanted = [ClassifierOutputTarget(int(t)) for t in targets[at : at + batch_size]]
+            found.append(cam(images[at : at + batch_size], wanted))
+    return np.concatenate(found).clip(0, 1).astype(np.float32)

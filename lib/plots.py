@@ -1,0 +1,158 @@
+"""Figures from plain data. Each function returns a matplotlib Figure and touches no global state."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers as well
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+SETS = {"train": (BLUE, "-", "train (augmented batches)"), "valid": (ORANGE, "--", "valid"), "test": (VERMILION, "-", "test")}
+
+
+def axes(width, height, rows=1, cols=1, **kwargs):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, cols, squeeze=False, **kwargs)
+
+
+def plain(ax):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def results(
+    rows,  # dicts as in results.csv, an epoch each
+    title,  # first line of the figure
+    target=None,  # accuracy drawn as a line
+    best_epoch=None,  # epoch whose weights were kept
+    chosen_on="valid",  # the set that chose them
+):
+    """Accuracy, loss and learning rate over the epochs; reductions of the rate as vertical lines."""
+    figure, ((top,), (middle,), (bottom,)) = axes(9, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
+    epochs = [r["epoch"] for r in rows]
+    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if b["lr"] < a["lr"]]
+    shown = [s for s in SETS if f"{s}_acc" in rows[0] and not (s == "valid" and chosen_on == "test")]
+    for ax, what in ((top, "acc"), (middle, "loss")):
+        for name in shown:
+            colour, line, label = SETS[name]
+            ax.plot(epochs, [r[f"{name}_{what}"] for r in rows], line, color=colour, label=label, marker="." if len(rows) < 15 else None)
+    if target:
+        top.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
+    if best_epoch:
+        row = rows[best_epoch - 1]
+        top.plot(best_epoch, row["test_acc"], "o", color=VERMILION, mec="black", ms=8,
+                 label=f"kept: epoch {best_epoch}, best {chosen_on} accuracy")  # fmt: skip
+    top.set(ylabel="accuracy", title=title + ("\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""))
+    middle.set(ylabel="loss (cross-entropy)", ylim=(0, None))
+    bottom.semilogy(epochs, [r["lr"] for r in rows], color=GREEN, drawstyle="steps-mid")
+    bottom.set(ylabel="learning rate", xlabel="epoch")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    for ax in (top, middle, bottom):
+        for i, cut in enumerate(cuts):
+            ax.axvline(cut, color=GREY, lw=1, ls="--", alpha=0.6, label="rate reduced" if i == 0 and ax is top else None)
+        plain(ax)
+    top.legend(loc="lower right")
+    middle.legend(loc="upper right")
+    return figure
+
+
+def lr_find(
+    lrs,  # (n,) learning rates
+    losses,  # (n,) raw losses
+    smooth_losses,  # (n,) smoothed losses
+    suggestions,  # {rule: learning rate}
+    used,  # the rule whose suggestion is used
+    title="Learning rate range test",
+):
+    """The range test: raw and smoothed loss over the rate, each rule's suggestion, the used one named."""
+    figure, ((ax,),) = axes(9, 5.5)
+    ax.semilogx(lrs, losses, color=BLUE, alpha=0.35, lw=1, label="loss of each batch")
+    ax.semilogx(lrs, smooth_losses, color=BLUE, lw=2, label="smoothed")
+    for (name, lr), colour, marker in zip(suggestions.items(), (ORANGE, GREEN, VERMILION, "#CC79A7"), "osD^"):
+        y = np.interp(np.log(lr), np.log(lrs), smooth_losses)
+        label = f"{name}: {lr:.3g}" + ("  (used)" if name == used else "")
+        ax.plot(lr, y, marker, color=colour, ms=12 if name == used else 9, mec="black", label=label, zorder=3)
+    ax.axvline(suggestions[used], color=GREY, ls="--", lw=1)
+    low, high = np.nanmin(smooth_losses), max(smooth_losses[: max(len(lrs) // 2, 1)])
+    ax.set(xlabel="learning rate", ylabel="training loss", title=title, ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)))
+    plain(ax).legend()
+    return figure
+
+
+def confusion_matrix(
+    counts,  # (classes, classes) whole numbers; rows are the truth
+    classes,  # class names
+    title,
+):
+    """How often each class was taken for each other; the colour is the share of the row."""
+    n = len(classes)
+    side = min(max(5.5, 0.62 * n + 2.2), 24)
+    figure, ((ax,),) = axes(side + 1, side)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
+    if n <= 40:
+        for i in range(n):
+            for j in range(n):
+                if counts[i, j]:
+                    ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=10 if n <= 15 else 7,
+                            color="white" if share[i, j] > 0.55 else "black")  # fmt: skip
+    step = max(n // 60, 1)
+    names = [short(c) for c in classes]
+    ax.set_xticks(range(0, n, step), names[::step], rotation=45 if n <= 15 else 90, ha="right" if n <= 15 else "center", parse_math=False)
+    ax.set_yticks(range(0, n, step), names[::step], parse_math=False)
+    ax.set(xlabel="prediction", ylabel="truth", title=title)
+    return figure
+
+
+def train_batch(
+    images,  # (n, h, w, 3) uint8, as the network is fed them
+    labels,  # n class names
+    title,
+):
+    """The first augmented images of training."""
+    cols = min(8, len(images))
+    rows = math.ceil(len(images) / cols)
+    figure, grid = axes(1.5 * cols, 1.72 * rows + 0.5, rows, cols)
+    for ax in grid.flat:
+        ax.axis("off")
+    for ax, image, label in zip(grid.flat, images, labels):
+        ax.imshow(image, interpolation="nearest")
+        ax.set_title(short(label), fontsize=11, parse_math=False)
+    figure.suptitle(title)
+    return figure
+
+
+def gradcam(
+    images,  # (n, h, w, 3) uint8
+    why,  # (n, h, w) in 0..1: the map for the prediction
+    where,  # (n, h, w) in 0..1: the map for the truth
+    rows,  # n rows of mistakes.csv
+    title,
+):
+    """Mistakes, three pictures each: the image, the map for the prediction, the map for the truth."""
+    cols = min(5, len(images)) if len(images) > 4 else min(2, len(images))
+    lines = math.ceil(len(images) / cols)
+    figure = Figure(figsize=(4.6 * cols, 2.25 * lines + 0.7), layout="constrained")
+    for cell, image, a, b, row in zip(np.ravel(figure.subfigures(lines, cols, squeeze=False)), images, why, where, rows):
+        cell.suptitle(f"{row['rank']}. predicted {short(row['prediction'])} {row['p_prediction']:.0%}, "
+                      f"truth {short(row['truth'])} {percent(row['p_truth'])}", fontsize=10.5, parse_math=False)  # fmt: skip
+        for ax, cam, name in zip(cell.subplots(1, 3), (None, a, b), ("image", f"why {row['prediction']}", f"where {row['truth']}")):
+            ax.imshow(image, interpolation="nearest")
+            if cam is not None:
+                ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
+            ax.set_title(short(name), fontsize=9.5, parse_math=False)
+            ax.axis("off")
+    figure.suptitle(title, fontsize=14)
+    return figure
+
+
+def percent(p):
+    return "<0.1%" if p < 0.001 else f"{p:.1%}"
+
+
+def short(name, most=16):
+    """`name`, printable, cut to `most` characters."""
+    name = "".join(c if c.isprintable() else "?" for c in str(name))
+    return name if len(name) <= most else name[: most - 1] + "…"
