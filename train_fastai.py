@@ -1,8 +1,8 @@
 """Train an image classifier in one command: range test, SGD under a schedule, curves, explained mistakes.
 
-    uv run train_fastai.py                       CIFAR-10, 50 epochs, SGD with momentum, ReduceLROnPlateau
-    uv run train_fastai.py --data digits         no download, a minute
-    uv run train_fastai.py --help                every setting
+uv run train_fastai.py                       CIFAR-10, 50 epochs, SGD with momentum, ReduceLROnPlateau
+uv run train_fastai.py --data digits         no download, a minute
+uv run train_fastai.py --help                every setting
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def train(config):
 
     run.save_model_card(models.card(config.model, dls, data.RESIZE_RULE))
     best = callbacks.KeepBest(run.save_weights)
-    progress = callbacks.Progress(config.progress, on_epoch=lambda rows: run.save_rows(rows))
+    progress = callbacks.Progress(config.progress, run.save_rows)
     learn.add_cbs([best, progress])
     try:
         schedules.fit(learn, config, lr)
@@ -62,7 +62,7 @@ def train(config):
         print(f"error: {e}", file=sys.stderr)
         return 3
 
-    evaluate.report(learn, config, run, best)
+    evaluate.report(learn, config, run, learn.recorder.rows, best)
     return 0
 
 

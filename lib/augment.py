@@ -13,7 +13,7 @@ from fasttransform import Transform
 
 
 class Cutout(A.ImageOnlyTransform):
-    """Masks one square around a uniformly drawn pixel, clipped at the border (DeVries & Taylor, arXiv 1708.04552, section 3.2).
+    """Masks one square around a uniformly drawn pixel, clipped at the border (DeVries & Taylor, arXiv 1708.04552).
 
     Unlike `A.CoarseDropout`, whose holes never clip, the centre of the square may be any pixel of the image.
     """
@@ -45,7 +45,7 @@ class Cutout(A.ImageOnlyTransform):
 
 
 class CropFromPadding(A.ImageOnlyTransform):
-    """A random crop of size x size from the image padded by reflection: `A.Pad` and `A.RandomCrop` in a third of their time."""
+    """A random crop of size x size from the image padded by reflection: `A.Pad` and `A.RandomCrop` in one, faster."""
 
     class InitSchema(A.ImageOnlyTransform.InitSchema):
         size: int
@@ -75,9 +75,9 @@ class CropFromPadding(A.ImageOnlyTransform):
 class AlbumentationsTransform(Transform):
     """An albumentations pipeline as a fastai item transform for training images.
 
-    What it does to an image is a function of (seed, epoch, index): both generators that albumentations draws from are set
-    from these three before each image, so that epochs differ, and workers, ranks and resumed runs agree. The numpy one is
-    counter-based (Philox: Salmon et al., SC 2011), so setting it costs a few microseconds.
+    What it does to an image is a function of (seed, epoch, index): both generators that albumentations draws from are
+    set from these three before each image, so that epochs differ, and workers, ranks and resumed runs agree. The numpy
+    one is counter-based (Philox: Salmon et al., SC 2011), so setting it costs a few microseconds.
     """
 
     split_idx = 0  # training images only
@@ -116,7 +116,7 @@ def order(seed, epoch, n):
 
 
 def train_transforms(config, size, fill):
-    """The training augmentation that `config` asks for, on images of `size` pixels; `fill`: the images' mean colour, 0..255."""
+    """The training augmentation of `config` for images of `size` pixels; `fill` is their mean colour, 0..255."""
     scaled = lambda pixels: round(pixels * size / 32)
     transforms = [CropFromPadding(size, scaled(config.crop_padding))]
     if config.flip:

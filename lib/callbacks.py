@@ -9,21 +9,22 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from safetensors.torch import save as to_safetensors
 
+from lib.config import OneLine
 from lib.schedules import Plateau
 
 CHECK_EVERY = 50  # batches between looks at the losses: each look waits for the device
 
 
-class Diverged(Exception):
-    """The training loss is no longer a number (exit status 3); names the epoch, batch and learning rate where it began."""
+class Diverged(OneLine):
+    """The training loss is not finite any more (exit status 3); names the epoch, batch and rate where it began."""
 
 
 class EpochRecorder(Callback):
     """The record of a fit, and its guard against a loss that is not finite.
 
-    `rows` has a dict an epoch: the columns of results.csv. `train_loss` is the mean over the epoch's images, each with the
-    loss it had when it was trained on (fastai's is a moving average); `train_acc` is of the same augmented batches.
-    Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches and at an epoch's end.
+    `rows` has a dict an epoch: the columns of results.csv. `train_loss` is the mean over the epoch's images, each with
+    the loss it had when it was trained on (fastai's is a moving average); `train_acc` is of the same augmented batches.
+    Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches and at the end.
     """
 
     name, order = "recorder", 50
@@ -36,39 +37,45 @@ class EpochRecorder(Callback):
 
     def before_train(self):
         hypers = self.opt.hypers[0]
-        self.now = {"epoch": self.epoch + 1, "seconds": None, "lr": hypers["lr"], "momentum": hypers["mom"],
-                    "batch_size": self.dls.train.bs}  # fmt: skip
-        self.loss_sum = self.correct = None
-        self.n, self.seen = 0, 0.0
+        self.now = {
+            "epoch": self.epoch + 1,
+            "seconds": None,
+            "lr": hypers["lr"],
+            "momentum": hypers["mom"],
+            "batch_size": self.dls.train.bs,
+        }
+        self.loss_sum, self.correct, self.n = 0.0, 0, 0
 
     def after_batch(self):
         if not self.training:
             return
-        n, loss = len(self.yb[0]), self.learn.loss
         correct = (self.pred.detach().argmax(-1) == self.yb[0]).sum()
-        self.loss_sum = loss.double() * n if self.loss_sum is None else self.loss_sum + loss.double() * n
-        self.correct = correct if self.correct is None else self.correct + correct
-        self.n += n
-        self.pending.append((self.iter, self.opt.hypers[0]["lr"], loss))
+        self.pending.append((self.iter, self.opt.hypers[0]["lr"], len(self.yb[0]), self.learn.loss, correct))
         if len(self.pending) >= CHECK_EVERY:
             self.check()
 
     def check(self):
-        """Looks at the losses since the last look. Raises Diverged naming the first that is not finite."""
+        """Adds up the batches since the last look. Raises Diverged naming the first whose loss is not finite."""
         if not self.pending:
             return
-        losses = torch.stack([loss for *_, loss in self.pending]).float()
+        batches, lrs, sizes, losses, correct = zip(*self.pending)
+        losses = torch.stack(losses).float().cpu().double()
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
-            at, lr, _ = self.pending[int(bad[0])]
-            raise Diverged(f"the loss is {losses[int(bad[0])].item()} at epoch {self.epoch + 1}, batch {at + 1}, lr {lr:.3g}; "
-                           f"try a smaller --lr, such as {lr / 10:.1g}")  # fmt: skip
+            i = int(bad[0])
+            raise Diverged(
+                f"the loss is {losses[i].item()} at epoch {self.epoch + 1}, batch {batches[i] + 1}, lr {lrs[i]:.3g}; "
+                f"try a smaller --lr, such as {lrs[i] / 10:.1g}"
+            )
+        self.loss_sum += (losses * torch.tensor(sizes)).sum().item()
+        self.correct += int(torch.stack(correct).sum())
+        self.n += sum(sizes)
         self.latest, self.pending = losses.mean().item(), []
 
     def after_train(self):
         self.check()
         if self.n:
-            self.now |= {"train_loss": self.loss_sum.item() / self.n, "train_acc": self.correct.item() / self.n}
+            self.now |= {"train_loss": self.loss_sum / self.n, "train_acc": self.correct / self.n}
 
     def record_evaluation(self, name, loss, acc):
         self.now |= {f"{name}_loss": loss, f"{name}_acc": acc}
@@ -116,7 +123,9 @@ class ReduceLROnPlateau(Callback):
         if factor >= 1:
             raise ValueError(f"factor must be below 1, not {factor}")
         self.monitor, self.factor, self.min_lr, self.eps = monitor, factor, min_lr, eps
-        self.options = dict(mode=mode, threshold=threshold, threshold_mode=threshold_mode, patience=patience, cooldown=cooldown)
+        self.options = dict(
+            mode=mode, threshold=threshold, threshold_mode=threshold_mode, patience=patience, cooldown=cooldown
+        )
         self.plateau = Plateau(**self.options)
 
     def before_fit(self):
@@ -185,8 +194,14 @@ class Progress(Callback):
     def before_train(self):
         from tqdm import tqdm
 
-        self.tqdm = tqdm(total=len(self.dls.train), desc=f"epoch {self.epoch + 1}/{self.n_epoch}", unit="batch", leave=False,
-                         disable=not (self.bar and sys.stderr.isatty()), mininterval=0.2)  # fmt: skip
+        self.tqdm = tqdm(
+            total=len(self.dls.train),
+            desc=f"epoch {self.epoch + 1}/{self.n_epoch}",
+            unit="batch",
+            leave=False,
+            disable=not (self.bar and sys.stderr.isatty()),
+            mininterval=0.2,
+        )
 
     def after_batch(self):
         if self.training:
@@ -205,7 +220,10 @@ class Progress(Callback):
         print(epoch_line(rows[-1], self.n_epoch), flush=True)
         plateau = getattr(self.learn, "reduce_lr_on_plateau", None)
         if plateau and plateau.reductions and plateau.reductions[-1][0] == rows[-1]["epoch"]:
-            print(f"plateau: {plateau.monitor} has not improved; lr {rows[-1]['lr']:.3g} -> {plateau.reductions[-1][1]:.3g}", flush=True)
+            print(
+                f"plateau: {plateau.monitor} stands still; lr {rows[-1]['lr']:.3g} -> {plateau.reductions[-1][1]:.3g}",
+                flush=True,
+            )
         if self.on_epoch:
             self.on_epoch(rows)
 

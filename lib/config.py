@@ -18,8 +18,19 @@ SOURCES = {
 }
 
 
-class BadInput(Exception):
-    """An input or a setting that cannot be used; its text is the one line the user reads (exit status 2)."""
+class OneLine(Exception):
+    """An error whose text is the one line that the user reads, whatever fastai's callbacks put before it on its way."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self):
+        return self.text
+
+
+class BadInput(OneLine):
+    """An input or a setting that cannot be used (exit status 2)."""
 
 
 def option(default, help, *flags, choices=None, low=None, high=None, kind=None):
@@ -43,10 +54,20 @@ class Config:
     epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
     batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
     model: str = option(None, "network (medium; digits small)", choices=MODELS, kind=str)
-    size: object = option("auto", "image side in pixels; auto: 32 for cifar10 and digits, else 128",
-                          choices=("auto",), kind=int, low=16, high=1024)
-    valid_pct: float = option(0.1, "share of the training images held out to choose with; 0: test chooses", low=0, high=0.9)
-    lr: object = option("find", "learning rate: a number, or find (range test)", choices=("find",), kind=float, low=1e-12)
+    size: object = option(
+        "auto",
+        "image side in pixels; auto: 32 for cifar10 and digits, else 128",
+        choices=("auto",),
+        kind=int,
+        low=16,
+        high=1024,
+    )
+    valid_pct: float = option(
+        0.1, "share of the training images held out to choose with; 0: test chooses", low=0, high=0.9
+    )
+    lr: object = option(
+        "find", "learning rate: a number, or find (range test)", choices=("find",), kind=float, low=1e-12
+    )
     lr_suggest: str = option("steep", "which suggestion of the range test is used", choices=SUGGESTIONS)
     lr_iters: int = option(100, "batches of the range test", low=10)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=0.9999)
@@ -62,11 +83,18 @@ class Config:
     cutout: int = option(8, "side of the cutout square, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally at random (on; digits off)", kind=bool)
-    precision: str = option("auto", "number format of training; auto: bf16 where the chip has it",
-                            choices=("auto", "float32", "bf16", "fp16"))
+    precision: str = option(
+        "auto",
+        "number format of training; auto: bf16 where the chip has it",
+        choices=("auto", "float32", "bf16", "fp16"),
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: object = option("auto", "loader processes; auto: 0 on a CPU", "-j", choices=("auto",), kind=int, low=0, high=256)
-    threads: object = option("auto", "CPU threads of torch; auto: one a core", choices=("auto",), kind=int, low=1, high=1024)
+    workers: object = option(
+        "auto", "loader processes; auto: 0 on a CPU", "-j", choices=("auto",), kind=int, low=0, high=256
+    )
+    threads: object = option(
+        "auto", "CPU threads of torch; auto: one a core", choices=("auto",), kind=int, low=1, high=1024
+    )
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
     cache: str = option("", "folder for downloaded and unpacked data; default fastai's")
@@ -100,7 +128,7 @@ def flag_of(name):
 
 
 def check(f, value):
-    """Returns `value` as the type of field `f`. Raises BadInput naming the setting where it is of another type or out of range."""
+    """`value` as the type of field `f`. Raises BadInput naming the setting where it is of another type or range."""
     if f.name == "seeds":
         many = value if isinstance(value, (list, tuple)) else [value]
         if not many or len(set(map(str, many))) < len(many):
@@ -115,7 +143,9 @@ def check_one(f, value):
     numeric = kind in (int, float)
     what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     if low is not None or high is not None:
-        what += {(True, True): f" from {low} to {high}", (True, False): f" of at least {low}"}[low is not None, high is not None]
+        what += {(True, True): f" from {low} to {high}", (True, False): f" of at least {low}"}[
+            low is not None, high is not None
+        ]
     if choices:
         what = " or ".join(filter(None, [what if numeric else "", ", ".join(choices)]))
     bad = BadInput(f"{flag_of(f.name)}: must be {what}, not {value!r}" + guess(value, choices))
@@ -149,25 +179,43 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The command line of `train_fastai.py`."""
-    p = Parser(prog="train_fastai.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-               description="Train an image classifier in one command: range test, SGD under a schedule, curves, explained mistakes.")
+    p = Parser(
+        prog="train_fastai.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train an image classifier: range test, SGD under a schedule, curves, explained mistakes.",
+    )
     for f in dataclasses.fields(Config):
         m, default = f.metadata, f.default
-        shown = "" if default is None or default == "" else f" ({' '.join(map(str, default)) if f.name == 'seeds' else default})"
+        shown = (
+            ""
+            if default is None or default == ""
+            else f" ({' '.join(map(str, default)) if f.name == 'seeds' else default})"
+        )
         if m["kind"] is bool:
             action = argparse.BooleanOptionalAction if default is not False else "store_true"
             p.add_argument(flag_of(f.name), *m["flags"], dest=f.name, action=action, help=m["help"])
         else:
             metavar = "|".join(m["choices"]) if m["choices"] and m["kind"] is str else None
-            p.add_argument(flag_of(f.name), *m["flags"], dest=f.name, help=(m["help"] + shown).replace("%", "%%"),
-                           metavar=metavar, nargs="+" if f.name == "seeds" else None)
-    p.add_argument("-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it")
-    p.add_argument("--smoke", action="store_true", help="the whole line in seconds: digits, 2 epochs, unless flags say otherwise")
+            p.add_argument(
+                flag_of(f.name),
+                *m["flags"],
+                dest=f.name,
+                help=(m["help"] + shown).replace("%", "%%"),
+                metavar=metavar,
+                nargs="+" if f.name == "seeds" else None,
+            )
+    p.add_argument(
+        "-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it"
+    )
+    p.add_argument(
+        "--smoke", action="store_true", help="the whole line in seconds: digits, 2 epochs, unless flags say otherwise"
+    )
     return p
 
 
 def read_file(path):
-    """The settings in a YAML file. Raises BadInput on a file that cannot be read, is no mapping, or has an unknown key."""
+    """The settings in a YAML file. Raises BadInput where it cannot be read or has an unknown key."""
     import yaml
 
     try:

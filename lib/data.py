@@ -2,11 +2,13 @@
 
 import hashlib
 import os
-import shutil
+import random
+import sys
 import tarfile
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
 MAX_PIXELS = 100_000_000  # an image of more is refused from its header, before it takes memory
-RESIZE_RULE = "upright (EXIF), RGB, shorter side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
+RESIZE_RULE = (
+    "upright (EXIF), RGB, shorter side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
+)
 TEST_PCT = 0.2  # of the images, where the data brings no test set
 
 
@@ -41,15 +45,23 @@ def cache_dir(config):
 def cifar10(config):
     """fastai's CIFAR-10 (`URLs.CIFAR`), downloaded once and checked by fastai's own size and hash."""
     import fastai.data
-    from fastdownload import FastDownload
+    from fastdownload.core import check, checks_module, download_url
 
     folder = cache_dir(config) / "cifar10"
     if not folder.is_dir():
-        try:
-            archive = FastDownload(fastai_cfg(), module=fastai.data).download(URLs.CIFAR)
-        except Exception as e:  # urllib, ssl, socket and fastdownload each raise their own
-            raise BadInput(f"--data cifar10: download from {URLs.CIFAR} failed ({one_line(e)}); without a network pass "
-                           "--data digits, or --data with a folder or an archive of images") from None
+        archive, checks = fastai_cfg().path("archive") / "cifar10.tgz", checks_module(fastai.data)
+        if not (archive.exists() and check(checks, URLs.CIFAR, archive)):
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {URLs.CIFAR} to {archive}", flush=True)
+            try:
+                download_url(URLs.CIFAR, archive, show_progress=sys.stdout.isatty())
+            except Exception as e:  # urllib, ssl, socket and http each raise their own
+                raise BadInput(
+                    f"--data cifar10: download from {URLs.CIFAR} failed ({one_line(e)}); without a network pass "
+                    "--data digits, or --data with a folder or an archive of images"
+                ) from None
+            if not check(checks, URLs.CIFAR, archive):
+                raise BadInput(f"{archive}: not the file that fastai knows (size, md5); remove it and try again")
         unpack(archive, folder)
     return folder
 
@@ -77,7 +89,9 @@ def root_folder(config):
         try:
             return enter(SOURCES[config.data](config))
         except OSError as e:
-            raise BadInput(f"--cache {cache_dir(config)}: cannot be written ({one_line(e)}); pass another folder") from None
+            raise BadInput(
+                f"--cache {cache_dir(config)}: cannot be written ({one_line(e)}); pass another folder"
+            ) from None
     path = Path(config.data).expanduser()
     if path.is_dir():
         return enter(path)
@@ -96,47 +110,68 @@ def root_folder(config):
 
 
 def enter(folder):
-    """`folder`, or the single folder in it that holds everything, as archives often have."""
+    """`folder`, or the single folder in it that holds all the class folders, as archives often have."""
     inside = visible(folder)
-    return enter(inside[0]) if len(inside) == 1 and inside[0].is_dir() and inside[0].name != "train" else folder
+    if (
+        len(inside) == 1
+        and inside[0].is_dir()
+        and inside[0].name != "train"
+        and any(p.is_dir() for p in inside[0].iterdir())
+    ):
+        return enter(inside[0])
+    return folder
 
 
-class whole_folder:
-    """`with whole_folder(path) as part:` fill `part`; it becomes `path` when all went well, and leaves nothing otherwise."""
+@contextmanager
+def whole_folder(path):
+    """`with whole_folder(path) as part:` fill `part`; it becomes `path` if all goes well, and nothing otherwise.
 
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.part = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
-        return self.part
-
-    def __exit__(self, kind, value, trace):
-        if kind is None and not self.path.exists():
-            self.part.chmod(0o755)
-            self.part.rename(self.path)
-        else:
-            shutil.rmtree(self.part, ignore_errors=True)
+    A single root folder in `part` is left out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        part = Path(temporary) / "root"
+        part.mkdir()
+        yield part
+        if not path.exists():
+            enter(part).rename(path)
 
 
 def unpack(archive, folder):
-    """Unpacks `archive` into the new `folder`. Raises BadInput, with nothing left behind, on a damaged archive or a member
-    that is anything but a file or folder inside it."""
+    """Unpacks `archive` into the new `folder`.
+
+    Raises BadInput, with nothing left behind, on a damaged archive or a member that is not a plain file or folder.
+    """
     with whole_folder(folder) as part:
         try:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as z:
-                    links = [m.filename for m in z.infolist() if (m.external_attr >> 16) & 0o170000 not in (0, 0o100000, 0o040000)]
+                    links = [
+                        m.filename
+                        for m in z.infolist()
+                        if (m.external_attr >> 16) & 0o170000 not in (0, 0o100000, 0o040000)
+                    ]
                     refuse(archive, z.namelist(), links)
                     z.extractall(part)
             else:
                 with tarfile.open(archive) as t:
                     members = t.getmembers()
-                    refuse(archive, [m.name for m in members], [m.name for m in members if not (m.isfile() or m.isdir())])
+                    refuse(
+                        archive, [m.name for m in members], [m.name for m in members if not (m.isfile() or m.isdir())]
+                    )
                     t.extractall(part, filter="data")
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError, OSError) as e:
-            raise BadInput(f"--data {archive}: cannot be unpacked ({one_line(e)}); is the file whole, and the disk not full?") from None
+        except (
+            tarfile.TarError,
+            zipfile.BadZipFile,
+            EOFError,
+            ValueError,
+            RuntimeError,
+            NotImplementedError,
+            OSError,
+        ) as e:
+            raise BadInput(
+                f"--data {archive}: cannot be unpacked ({one_line(e)}); is the file whole, and the disk not full?"
+            ) from None
 
 
 def refuse(archive, names, specials):
@@ -167,10 +202,16 @@ def scan(folder):
     for sub in visible(folder):
         if not sub.is_dir() or sub.is_symlink():
             continue
-        files = [Path(at) / name for at, _, names in os.walk(sub) for name in names
-                 if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        files = [
+            Path(at) / name
+            for at, _, names in os.walk(sub)
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
         if not files:
-            raise BadInput(f"{sub}: no images ({' '.join(EXTENSIONS)}); remove the folder, or put images of class {sub.name!r} in it")
+            raise BadInput(
+                f"{sub}: no images ({' '.join(EXTENSIONS)}); remove the folder, or put images of its class in it"
+            )
         found += [(path, sub.name) for path in sorted(files, key=lambda p: p.relative_to(folder).as_posix())]
     return found
 
@@ -190,8 +231,8 @@ def split_off(items, pct, seed):
 def find_images(root, valid_pct, split_seed):
     """Three lists of (path, class) under `root`: train, valid, test. With valid_pct 0 and no valid set, valid is test.
 
-    `train/` beside `valid|val|validation` and `test` is taken as it is; a single set beside `train/` is test; plain class
-    folders, or `train/` alone, give 20% of each class to test. What is held out is stratified and follows `split_seed`.
+    `train/` beside `valid|val|validation` and `test` is taken as it is; a single set beside `train/` is test; plain
+    class folders, or `train/` alone, give 20% of each class to test. What is held out is stratified, by `split_seed`.
     """
     root = Path(root)
     valids = [root / n for n in VALID_NAMES if (root / n).is_dir()]
@@ -235,7 +276,9 @@ def decode(path, size):
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read: shrink or remove it")
+                raise BadInput(
+                    f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink or remove it"
+                )
             image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):
@@ -313,14 +356,18 @@ def centre(image, size):
 class StoreDL(TfmdDL):
     """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
 
-    The order of a shuffled epoch is a function of (seed, epoch), the augmentation of (seed, epoch, image). `epoch` moves
-    on after each complete pass. Files that are not in the store (`dls.test_dl`) are decoded as they come.
+    The order of a shuffled epoch is a function of (seed, epoch), the augmentation of (seed, epoch, image). `epoch`
+    moves on after each complete pass. Files that are not in the store (`dls.test_dl`) are decoded as they come.
     """
 
     def __init__(self, dataset, store=None, seed=0, epoch=0, **kwargs):
+        state = random.getstate()
         super().__init__(dataset, **kwargs)
+        random.setstate(state)  # fastai's loader draws a seed that is not needed here
         self.store, self.seed, self.epoch = store, seed, epoch
-        self.fake_l.generator = torch.Generator()  # else each pass would draw its workers' seed from torch's global state
+        self.fake_l.generator = (
+            torch.Generator()
+        )  # else each pass would draw its workers' seed from torch's global state
         paths = list(dataset.items)
         self.ids = [store.index.get(p) for p in paths]
         self.labels = None
@@ -338,7 +385,8 @@ class StoreDL(TfmdDL):
         return order(self.seed, self.epoch, len(idxs)).tolist()
 
     def after_iter(self):
-        self.epoch += 1
+        if self.shuffle:
+            self.epoch += 1
 
     def do_item(self, i):
         return i or 0
@@ -362,7 +410,7 @@ def image_size(config):
 
 
 def get_dls(config, device="cpu"):
-    """`config.data` as DataLoaders with `train`, `valid`, `test`, `vocab` (classes) and `store`; images (n, 3, size, size).
+    """`config.data` as DataLoaders `train`, `valid`, `test`, with `vocab` and `store`; images (n, 3, size, size).
 
     Raises BadInput (one line) for data that cannot be trained on.
     """
@@ -383,8 +431,23 @@ def get_dls(config, device="cpu"):
         batch_tfms=Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False),
         dl_type=StoreDL,
     )
-    workers = config.workers if config.workers != "auto" else 0 if torch.device(device).type == "cpu" else min(8, os.cpu_count())
-    dls = block.dataloaders(root, path=root, bs=config.batch_size, val_bs=500, drop_last=False, num_workers=workers,
-                            device=torch.device(device), store=store, seed=config.seed)
+    workers = (
+        config.workers
+        if config.workers != "auto"
+        else 0
+        if torch.device(device).type == "cpu"
+        else min(8, os.cpu_count())
+    )
+    dls = block.dataloaders(
+        root,
+        path=root,
+        bs=config.batch_size,
+        val_bs=500,
+        drop_last=False,
+        num_workers=workers,
+        device=torch.device(device),
+        store=store,
+        seed=config.seed,
+    )
     dls.test, dls.store, dls.mean, dls.std = dls[2], store, mean, std
     return dls

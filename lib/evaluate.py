@@ -1,19 +1,185 @@
-"""Looking at a learner: range test, test metrics, mistakes."""
+"""What a learner learned: the range test's choice, test metrics, confusion, and its mistakes, explained."""
 
-from lib import runs
+import sys
+
+import numpy as np
+import torch
+
+from lib import gradcam, plots
+from lib.data import centre
+from lib.runs import write_csv, write_figure, write_json
+
+MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 
 
-def save_train_batch(learn, run):
-    pass
+def outcome(learn, dl):
+    """The model on every image of `dl`, in float32: (targets (n,), probabilities (n, classes), losses (n,))."""
+    logits, targets = zip(*[(z.cpu(), y.cpu()) for _, z, y in learn.logits(dl)])
+    log_p = torch.cat(logits).double().log_softmax(1)
+    targets = torch.cat(targets)
+    return targets.numpy(), log_p.exp().numpy(), -log_p.gather(1, targets[:, None])[:, 0].numpy()
+
+
+def mistakes(learn, k=None, found=None):
+    """The misclassified test images, worst first, as rows of mistakes.csv: at most `k`, or all.
+
+    Ranked by loss with fastai's ClassificationInterpretation, which lists correct predictions too: those are left out.
+    `found` is an `outcome` on test, where there is one already.
+    """
+    from fastai.interpret import ClassificationInterpretation
+
+    dl = learn.dls.test
+    targets, p, losses = found or outcome(learn, dl)
+    predictions, rows = p.argmax(1), []
+    for i in ClassificationInterpretation(learn, dl, torch.from_numpy(losses)).top_losses()[1].tolist():
+        if predictions[i] != targets[i] and (k is None or len(rows) < k):
+            rows.append(
+                {
+                    "rank": len(rows) + 1,
+                    "file": learn.dls.store.names[dl.ids[i]],
+                    "truth": learn.dls.vocab[targets[i]],
+                    "prediction": learn.dls.vocab[predictions[i]],
+                    "loss": float(losses[i]),
+                    "p_prediction": float(p[i, predictions[i]]),
+                    "p_truth": float(p[i, targets[i]]),
+                }
+            )
+    return rows
+
+
+def explain(learn, rows):
+    """Rows of mistakes.csv as (images (n, h, w, 3) uint8, maps for the prediction, maps for the truth (n, h, w))."""
+    dl, store, vocab = learn.dls.test, learn.dls.store, list(learn.dls.vocab)
+    number = {store.names[known]: i for i, known in enumerate(dl.ids)}
+    at = [number[row["file"]] for row in rows]
+    x = dl.after_batch(learn._set_device(dl.do_batch(at)))[0]
+    both = [
+        gradcam.maps(learn.model, learn.model.cam_layer, x, [vocab.index(row[what]) for row in rows])
+        for what in ("prediction", "truth")
+    ]
+    return np.stack([centre(store[dl.ids[i]], store.size) for i in at]), *both
+
+
+def save_train_batch(learn, run, most=32):
+    """Writes train_batch.png: the first images of training as augmentation feeds them to the network."""
+    dl = learn.dls.train
+    at = dl.get_idxs()[:most]
+    x, y = dl.do_batch(at)
+    labels = [learn.dls.vocab[int(i)] for i in y]
+    title = "What the network is fed: the first training images, augmented"
+    write_figure(run / "train_batch.png", plots.train_batch(x.permute(0, 2, 3, 1).numpy(), labels, title))
 
 
 def range_test(learn, config, run):
+    """Runs the range test, writes lr_find.csv and lr_find.png, and returns the rate that `--lr-suggest` names."""
     found = learn.lr_find(num_it=config.lr_iters)
-    runs.write_csv(run / "lr_find.csv", found.rows())
     lr = found.suggestions[config.lr_suggest]
-    print(f"range test: {found.suggestions}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
+    write_csv(run / "lr_find.csv", found.rows())
+    figure = plots.lr_find(
+        found.lrs,
+        found.losses,
+        found.smooth_losses,
+        found.suggestions,
+        config.lr_suggest,
+        f"Learning rate range test: {run.path.name}",
+    )
+    write_figure(run / "lr_find.png", figure)
+    all_four = ", ".join(f"{name} {rate:.3g}" for name, rate in found.suggestions.items())
+    more = f", in {found.epochs} passes over the training images" if found.epochs > 1 else ""
+    print(
+        f"range test: {len(found.lrs)} batches{more}: {all_four}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True
+    )
+    run.note(lr_suggestions=found.suggestions)
     return lr
 
 
-def report(learn, config, run, best):
-    pass
+def peak_rss_bytes():
+    """The most memory this process has held; None on Windows, which does not say it to Python."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def optimizer_state_bytes(opt):
+    """Bytes of the tensors that a torch optimizer keeps beside the weights."""
+    return sum(
+        t.numel() * t.element_size() for state in opt.state.values() for t in state.values() if torch.is_tensor(t)
+    )
+
+
+def summarize(config, env, rows, best_epoch, valid, test, opt):
+    """The content of summary.json; `valid` and `test` are outcomes of the kept weights."""
+    reached = next((row for row in rows if row["test_acc"] >= config.target), None)
+    acc = lambda found: float((found[1].argmax(1) == found[0]).mean())
+    return {
+        "test_acc": acc(test),
+        "valid_acc": acc(valid),
+        "test_loss": float(test[2].mean()),
+        "valid_loss": float(valid[2].mean()),
+        "chosen_on": env["chosen_on"],
+        "best_epoch": best_epoch,
+        "last_test_acc": rows[-1]["test_acc"],
+        "mistakes": int((test[1].argmax(1) != test[0]).sum()),
+        "lr": env["lr"],
+        "epochs": rows[-1]["epoch"],
+        "target": config.target,
+        "epochs_to_target": reached and reached["epoch"],
+        "seconds_to_target": reached and reached["seconds"],
+        "train_seconds": rows[-1]["seconds"],
+        "images_per_second": len(rows) * env["images"]["train"] / rows[-1]["seconds"],
+        "params": env["params"],
+        "optimizer_state_bytes": optimizer_state_bytes(opt),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def report(learn, config, run, rows, best):
+    """Summary, confusion, mistakes and figures of the kept weights (`best`: a KeepBest), evaluated once in float32."""
+    learn.model.load_state_dict(best.state)
+    valid, test = outcome(learn, learn.dls.valid), outcome(learn, learn.dls.test)
+    classes, name = list(learn.dls.vocab), run.path.name
+    summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt)
+    write_json(run / "summary.json", summary)
+
+    chosen_on = run.env["chosen_on"]
+    title = f"{name}: {summary['test_acc']:.2%} of the test images right"
+    write_figure(run / "results.png", plots.results(rows, title, config.target, best.epoch_number, chosen_on))
+    counts = np.zeros((len(classes), len(classes)), int)
+    np.add.at(counts, (test[0], test[1].argmax(1)), 1)
+    table = [{"truth": c, **dict(zip(classes, row.tolist()))} for c, row in zip(classes, counts)]
+    write_csv(run / "confusion_matrix.csv", table)
+    noted = "" if chosen_on == "valid" else ", which also chose the weights"
+    write_figure(
+        run / "confusion_matrix.png",
+        plots.confusion_matrix(counts, classes, f"{title}\n{test[0].size:,} test images{noted}"),
+    )
+
+    wrong = mistakes(learn, None, test)
+    write_csv(run / "mistakes.csv", wrong, MISTAKE_COLUMNS)
+    top = wrong[: config.gallery]
+    if top:
+        which = "All" if len(top) == len(wrong) else "The worst"
+        heading = f"{name}: {which} {len(top)} of {len(wrong)} mistakes on {test[0].size:,} test images{noted}"
+        write_figure(run / "gradcam.png", plots.gradcam(*explain(learn, top), top, heading))
+    print(closing(config, summary, len(top), run.path), flush=True)
+
+
+def closing(config, s, shown, path):
+    """The result in three lines and where to look."""
+    chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
+    when = (
+        f"reached after {s['epochs_to_target']} epochs, {s['seconds_to_target']:.0f} s"
+        if s["epochs_to_target"]
+        else "not reached"
+    )
+    mistakes = f"{shown} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes, so none to explain"
+    return (
+        f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
+        f"accuracy ({s['valid_acc']:.4f}){chosen}\n"
+        f"target {s['target']:g} of test accuracy {when}; {s['epochs']} epochs in {s['train_seconds']:.0f} s, "
+        f"{s['images_per_second']:.0f} images/s\n"
+        f"{mistakes}; look at results.png, gradcam.png and the rest in {path}"
+    )

@@ -1,4 +1,4 @@
-"""SGDLearner: fastai's Learner with plain SGD, a stated weight decay, a true record, and evaluation that disturbs nothing."""
+"""SGDLearner: fastai's Learner with plain SGD, a true record, and evaluation that disturbs nothing."""
 
 import copy
 from contextlib import contextmanager
@@ -20,14 +20,19 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def decay_split(model):
-    """Two lists of parameters: those that weight decay acts on, and those it leaves alone (norms and biases)."""
-    spared = [p for m in model.modules() for n, p in m.named_parameters(recurse=False) if isinstance(m, NORMS) or n == "bias"]
+    """Two lists of parameters: those that weight decay acts on, and those it spares (norms and biases)."""
+    spared = [
+        p for m in model.modules() for n, p in m.named_parameters(recurse=False) if isinstance(m, NORMS) or n == "bias"
+    ]
     ids = {id(p) for p in spared}
-    return [[p for p in model.parameters() if p.requires_grad and id(p) not in ids], [p for p in spared if p.requires_grad]]
+    return [
+        [p for p in model.parameters() if p.requires_grad and id(p) not in ids],
+        [p for p in spared if p.requires_grad],
+    ]
 
 
 class SGDLearner(Learner):
-    """A Learner that trains with plain SGD: v = mom * v + (g + wd * w), w = w - lr * v (torch's form of momentum and L2).
+    """A Learner that trains with plain SGD: v = mom * v + (g + wd * w), w = w - lr * v (as torch's).
 
     `learn.recorder.rows` holds a dict an epoch, the columns of results.csv. Raises `Diverged` on a non-finite loss.
     """
@@ -50,16 +55,26 @@ class SGDLearner(Learner):
         device = torch.device(dls.device or "cpu")
         model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         super().__init__(
-            dls, model, loss_func, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=mom)), lr=lr,
-            splitter=decay_split, wd=[wd, 0.0], moms=(mom, mom, mom), default_cbs=False,
-            cbs=[TrainEvalCallback(), EpochRecorder(), *(cbs or [])], **kwargs,
-        )  # fmt: skip
+            dls,
+            model,
+            loss_func,
+            opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=mom)),
+            lr=lr,
+            splitter=decay_split,
+            wd=[wd, 0.0],
+            moms=(mom, mom, mom),
+            default_cbs=False,
+            cbs=[TrainEvalCallback(), EpochRecorder(), *(cbs or [])],
+            **kwargs,
+        )
         if self.dtype is torch.float16 and device.type == "cuda":
             self.scaler = torch.amp.GradScaler("cuda")
 
     def autocast(self):
         """The context in which training's forward passes run."""
-        return torch.autocast(torch.device(self.dls.device or "cpu").type, self.dtype, enabled=self.dtype is not torch.float32)
+        return torch.autocast(
+            torch.device(self.dls.device or "cpu").type, self.dtype, enabled=self.dtype is not torch.float32
+        )
 
     def _split(self, b):
         super()._split(tuple(t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t for t in b))
@@ -102,13 +117,12 @@ class SGDLearner(Learner):
 
         In training's precision, or with `float32` in float32.
         """
-        loss = correct = torch.zeros((), dtype=torch.float64)
-        n = 0
+        loss, correct, n = 0.0, 0, 0
         for _, logits, targets in self.logits(dl, float32):
-            loss = loss + nn.functional.cross_entropy(logits, targets, reduction="sum").double().cpu()
-            correct = correct + (logits.argmax(1) == targets).sum().double().cpu()
+            loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            correct += (logits.argmax(1) == targets).sum().item()
             n += len(targets)
-        return (loss / n).item(), (correct / n).item()
+        return loss / n, correct / n
 
     @torch.no_grad()
     def logits(self, dl, float32=True):
@@ -124,7 +138,7 @@ class SGDLearner(Learner):
             self.model.train(training)
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
-        """(loss, accuracy) on a loader, by default valid. Unlike fastai's it touches neither the record nor any callback."""
+        """(loss, accuracy) on a loader, by default valid. Unlike fastai's it touches no record and no callback."""
         return self.loss_and_accuracy(dl if dl is not None else self.dls[ds_idx])
 
     @contextmanager
@@ -149,7 +163,7 @@ class SGDLearner(Learner):
         super().fit(n_epoch, lr, **kwargs)
 
     def probe(self):
-        """A learner on a copy of the model with an optimizer of its own, for looks that must leave no trace. No callbacks."""
+        """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
         twin = copy.copy(self)
         twin.cbs, twin.model, twin.opt = type(self.cbs)(), copy.deepcopy(self.model), None
         twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
@@ -168,7 +182,9 @@ class SGDLearner(Learner):
 def pick_device(config):
     """`--device` as a torch.device. Raises BadInput where there is no such device."""
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(config.device)
         torch.zeros(1, device=device)
@@ -194,8 +210,9 @@ def pick_precision(config, device):
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for."""
     loss = CrossEntropyLossFlat(label_smoothing=config.label_smoothing)
-    return SGDLearner(dls, model, loss, mom=config.momentum, wd=config.weight_decay, precision=precision, cbs=cbs,
-                      path=dls.path)  # fmt: skip
+    return SGDLearner(
+        dls, model, loss, mom=config.momentum, wd=config.weight_decay, precision=precision, cbs=cbs, path=dls.path
+    )
 
 
 def set_threads(config):
@@ -223,7 +240,9 @@ def facts(config, learn, precision, threads):
         "size": dls.store.size,
         "images": {name: len(dl.dataset) for name, dl in sets.items()},
         "classes": list(dls.vocab),
-        "chosen_on": "valid" if config.valid_pct or len(dls.valid.dataset.items) != len(dls.test.dataset.items) else "test",
+        "chosen_on": "valid"
+        if config.valid_pct or len(dls.valid.dataset.items) != len(dls.test.dataset.items)
+        else "test",
         "data_fingerprint": dls.store.fingerprint(),
         "params": sum(p.numel() for p in learn.model.parameters()),
     }
@@ -233,8 +252,9 @@ def banner(config, facts, where):
     """The first lines of a run."""
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
     return (
-        f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, {facts['workers']} workers\n"
+        f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
+        f"{facts['workers']} workers\n"
         f"{config.data}: {images}; {len(facts['classes'])} classes, {facts['size']} x {facts['size']} pixels\n"
-        f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, batches of {config.batch_size}, "
-        f"seed {config.seed}\n-> {where}"
+        f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
+        f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )

@@ -1,7 +1,8 @@
-"""The LR range test: a mock training with a growing rate (Smith, arXiv 1506.01186, section 3.3; exponential form: fastai)."""
+"""The LR range test: a mock training with a growing rate (Smith, arXiv 1506.01186; exponential form: fastai)."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,13 +34,16 @@ class RangeTest:
 
     def rows(self):
         """The rows of lr_find.csv."""
-        return [dict(lr=float(a), loss=float(b), smooth_loss=float(c)) for a, b, c in zip(self.lrs, self.losses, self.smooth_losses)]
+        return [
+            dict(lr=float(a), loss=float(b), smooth_loss=float(c))
+            for a, b, c in zip(self.lrs, self.losses, self.smooth_losses)
+        ]
 
 
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True):
-    """Runs the range test on a copy of `learn`'s model and returns a RangeTest; `learn` and its loaders stay as they are.
+    """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
 
-    One batch for each of `num_it` rates in geometric progression from `start_lr` to `end_lr`, in the order and
+    One batch for each of `num_it` rates in geometric progression from `start_lr` to `end_lr`, in the order and with the
     augmentation of the epochs to come. Ends early where the loss diverges. Raises BadInput where the loss never falls.
     """
     lrs, losses, epochs = run(learn, np.geomspace(start_lr, end_lr, num_it), stop_div)
@@ -91,12 +95,16 @@ def check_fall(losses, smooth):
     start = smooth[:head].mean()
     fall = start - smooth.min()
     if fall < max(0.02 * abs(start), noise):
-        raise BadInput(f"--lr find: the loss never falls in the range test ({start:.3f} at first, {smooth.min():.3f} at best); "
-                       "pass --lr with a number, or more --lr-iters")  # fmt: skip
+        raise BadInput(
+            f"--lr find: the loss never falls in the range test ({start:.3f} at first, {smooth.min():.3f} at best); "
+            "pass --lr with a number, or more --lr-iters"
+        )
 
 
 def suggest(lrs, smooth, num_it):
-    """{rule: learning rate} by fastai's own functions, on the curve without its first tenth and what follows divergence."""
-    from_, to = min(num_it // 10, len(lrs) - 10), max(int(np.isfinite(smooth).sum()) - 5, 10)
+    """{rule: learning rate} by fastai's own functions, on the curve without its first tenth and last five points."""
+    from_, to = min(num_it // 10, len(lrs) - 10), max(len(lrs) - 5, 10)
     x, y = torch.tensor(lrs[from_:to]), torch.tensor(smooth[from_:to])
-    return {name: float(getattr(fastai_schedule, name)(x, y, num_it)[0]) for name in SUGGESTIONS}
+    rules = {name: getattr(fastai_schedule, name) for name in SUGGESTIONS}
+    rules["slide"] = partial(rules["slide"], lr_diff=min(15, len(x) - 2))  # its interval must fit a short curve
+    return {name: float(rule(x, y, num_it)[0]) for name, rule in rules.items()}

@@ -6,7 +6,7 @@ from torch import nn
 class ConvPoolNorm(nn.Sequential):
     """3 x 3 convolution, 2 x 2 max pooling where asked for, BatchNorm, ReLU.
 
-    Pooling before the norm leaves it a quarter of the work (Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498).
+    Pooling before the norm leaves it a quarter of the work (Jordan, arXiv 2404.00498).
     """
 
     def __init__(self, c_in, c_out, pool=False):
@@ -50,7 +50,9 @@ class SmallResNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        return self.head(x.amax((2, 3))) * 0.125  # as Page's ResNet-9: the loss starts near ln(n_classes), the head learns as the rest
+        return (
+            self.head(x.amax((2, 3))) * 0.125
+        )  # as Page's ResNet-9: the loss starts near ln(n_classes), the head learns as the rest
 
     @property
     def cam_layer(self):
@@ -75,7 +77,7 @@ def build(name, n_classes):
 def card(name, dls, resize_rule):
     """What rebuilds the trained network and feeds it: the content of weights/model.json."""
     return {
-        "model": name,
+        "architecture": MODELS[name][0].__name__,
         "args": {"n_classes": len(dls.vocab), **MODELS[name][1]},
         "classes": list(dls.vocab),
         "size": dls.store.size,
@@ -83,3 +85,9 @@ def card(name, dls, resize_rule):
         "std": dls.std.tolist(),
         "resize": resize_rule,
     }
+
+
+def rebuild(card):
+    """The network that the content of weights/model.json describes, its weights still to be loaded."""
+    constructors = {constructor.__name__: constructor for constructor, _ in MODELS.values()}
+    return constructors[card["architecture"]](**card["args"])

@@ -7,7 +7,11 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-SETS = {"train": (BLUE, "-", "train (augmented batches)"), "valid": (ORANGE, "--", "valid"), "test": (VERMILION, "-", "test")}
+SETS = {
+    "train": (BLUE, "-", "train (augmented batches)"),
+    "valid": (ORANGE, "--", "valid"),
+    "test": (VERMILION, "-", "test"),
+}
 
 
 def axes(width, height, rows=1, cols=1, **kwargs):
@@ -36,21 +40,40 @@ def results(
     for ax, what in ((top, "acc"), (middle, "loss")):
         for name in shown:
             colour, line, label = SETS[name]
-            ax.plot(epochs, [r[f"{name}_{what}"] for r in rows], line, color=colour, label=label, marker="." if len(rows) < 15 else None)
+            ax.plot(
+                epochs,
+                [r[f"{name}_{what}"] for r in rows],
+                line,
+                color=colour,
+                label=label,
+                marker="." if len(rows) < 15 else None,
+            )
     if target:
         top.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
     if best_epoch:
         row = rows[best_epoch - 1]
-        top.plot(best_epoch, row["test_acc"], "o", color=VERMILION, mec="black", ms=8,
-                 label=f"kept: epoch {best_epoch}, best {chosen_on} accuracy")  # fmt: skip
-    top.set(ylabel="accuracy", title=title + ("\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""))
+        top.plot(
+            best_epoch,
+            row["test_acc"],
+            "o",
+            color=VERMILION,
+            mec="black",
+            ms=8,
+            label=f"kept: epoch {best_epoch}, best {chosen_on} accuracy",
+        )
+    top.set(
+        ylabel="accuracy",
+        title=title + ("\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""),
+    )
     middle.set(ylabel="loss (cross-entropy)", ylim=(0, None))
     bottom.semilogy(epochs, [r["lr"] for r in rows], color=GREEN, drawstyle="steps-mid")
     bottom.set(ylabel="learning rate", xlabel="epoch")
     bottom.xaxis.get_major_locator().set_params(integer=True)
     for ax in (top, middle, bottom):
         for i, cut in enumerate(cuts):
-            ax.axvline(cut, color=GREY, lw=1, ls="--", alpha=0.6, label="rate reduced" if i == 0 and ax is top else None)
+            ax.axvline(
+                cut, color=GREY, lw=1, ls="--", alpha=0.6, label="rate reduced" if i == 0 and ax is top else None
+            )
         plain(ax)
     top.legend(loc="lower right")
     middle.legend(loc="upper right")
@@ -75,7 +98,12 @@ def lr_find(
         ax.plot(lr, y, marker, color=colour, ms=12 if name == used else 9, mec="black", label=label, zorder=3)
     ax.axvline(suggestions[used], color=GREY, ls="--", lw=1)
     low, high = np.nanmin(smooth_losses), max(smooth_losses[: max(len(lrs) // 2, 1)])
-    ax.set(xlabel="learning rate", ylabel="training loss", title=title, ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)))
+    ax.set(
+        xlabel="learning rate",
+        ylabel="training loss",
+        title=title,
+        ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)),
+    )
     plain(ax).legend()
     return figure
 
@@ -96,11 +124,24 @@ def confusion_matrix(
         for i in range(n):
             for j in range(n):
                 if counts[i, j]:
-                    ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=10 if n <= 15 else 7,
-                            color="white" if share[i, j] > 0.55 else "black")  # fmt: skip
+                    ax.text(
+                        j,
+                        i,
+                        int(counts[i, j]),
+                        ha="center",
+                        va="center",
+                        fontsize=10 if n <= 15 else 7,
+                        color="white" if share[i, j] > 0.55 else "black",
+                    )
     step = max(n // 60, 1)
     names = [short(c) for c in classes]
-    ax.set_xticks(range(0, n, step), names[::step], rotation=45 if n <= 15 else 90, ha="right" if n <= 15 else "center", parse_math=False)
+    ax.set_xticks(
+        range(0, n, step),
+        names[::step],
+        rotation=45 if n <= 15 else 90,
+        ha="right" if n <= 15 else "center",
+        parse_math=False,
+    )
     ax.set_yticks(range(0, n, step), names[::step], parse_math=False)
     ax.set(xlabel="prediction", ylabel="truth", title=title)
     return figure
@@ -134,17 +175,25 @@ def gradcam(
     """Mistakes, three pictures each: the image, the map for the prediction, the map for the truth."""
     cols = min(5, len(images)) if len(images) > 4 else min(2, len(images))
     lines = math.ceil(len(images) / cols)
-    figure = Figure(figsize=(4.6 * cols, 2.25 * lines + 0.7), layout="constrained")
-    for cell, image, a, b, row in zip(np.ravel(figure.subfigures(lines, cols, squeeze=False)), images, why, where, rows):
-        cell.suptitle(f"{row['rank']}. predicted {short(row['prediction'])} {row['p_prediction']:.0%}, "
-                      f"truth {short(row['truth'])} {percent(row['p_truth'])}", fontsize=10.5, parse_math=False)  # fmt: skip
-        for ax, cam, name in zip(cell.subplots(1, 3), (None, a, b), ("image", f"why {row['prediction']}", f"where {row['truth']}")):
+    figure = Figure(figsize=(4.6 * cols, 2.3 * lines + 0.7), layout="constrained")
+    for cell, image, a, b, row in zip(
+        np.ravel(figure.subfigures(lines, cols, squeeze=False)), images, why, where, rows
+    ):
+        cell.suptitle(
+            f"{row['rank']}. predicted {short(row['prediction'])} {row['p_prediction']:.0%}, "
+            f"truth {short(row['truth'])} {percent(row['p_truth'])}",
+            fontsize=13,
+            parse_math=False,
+        )
+        for ax, cam, name in zip(
+            cell.subplots(1, 3), (None, a, b), ("image", f"why {row['prediction']}", f"where {row['truth']}")
+        ):
             ax.imshow(image, interpolation="nearest")
             if cam is not None:
                 ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
-            ax.set_title(short(name), fontsize=9.5, parse_math=False)
+            ax.set_title(short(name), fontsize=11.5, parse_math=False)
             ax.axis("off")
-    figure.suptitle(title, fontsize=14)
+    figure.suptitle(title, fontsize=17)
     return figure
 
 

@@ -64,8 +64,16 @@ def plateau(config, lr):
     from lib.callbacks import ReduceLROnPlateau
 
     mode = "max" if config.monitor.endswith("acc") else "min"
-    return ReduceLROnPlateau(config.monitor, mode, config.factor, config.patience_epochs, config.threshold,
-                             config.threshold_mode, config.cooldown_epochs, config.min_lr)  # fmt: skip
+    return ReduceLROnPlateau(
+        config.monitor,
+        mode,
+        config.factor,
+        config.patience_epochs,
+        config.threshold,
+        config.threshold_mode,
+        config.cooldown_epochs,
+        config.min_lr,
+    )
 
 
 # name -> function(config, lr) that gives the callback which owns the learning rate of the fit
@@ -78,10 +86,10 @@ def fit(learn, config, lr):
 
 
 def trace(config, steps_per_epoch, values=None):
-    """Learning rate and momentum that a fit under `config` would have at each step: (epochs * steps_per_epoch, 2) array.
+    """Learning rate and momentum at each step of a fit under `config`: (epochs * steps_per_epoch, 2) array.
 
-    `values` are the monitored values, one an epoch; without them every epoch improves. `config.lr` must be a number. The
-    schedule's own callback runs, on an optimizer that moves nothing.
+    `values` are the monitored values, one an epoch; without them every epoch improves. `config.lr` must be a number.
+    The schedule's own callback runs, on an optimizer that moves nothing.
     """
     if not isinstance(config.lr, float):
         raise ValueError("trace needs a number for lr, not 'find'")

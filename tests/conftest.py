@@ -1,0 +1,105 @@
+import hashlib
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib import config as settings
+from lib import data, learner, models
+
+
+def pytest_sessionstart(session):
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache folder that the session shares: the digits are written into it once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def picture(rng, k, h=32, w=32):
+    """A noisy image of class `k`: a bright band whose place depends on the class."""
+    image = rng.integers(0, 120, (h, w, 3))
+    image[h * k // 4 : h * (k + 1) // 4] += 130
+    return image.astype(np.uint8)
+
+
+def save(path, array, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def bands(tmp_path_factory):
+    """A folder of 4 classes x 30 generated images, 32 x 32."""
+    root, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
+    for k in range(4):
+        for i in range(30):
+            save(root / f"class {k}" / f"{i:02}.png", picture(rng, k))
+    return root
+
+
+@pytest.fixture
+def parse(cache):
+    """`config.parse` with the session's cache folder."""
+    return lambda *argv: settings.parse(["--cache", str(cache), *map(str, argv)])
+
+
+@pytest.fixture
+def make(bands, parse):
+    """make(*argv) -> (config, learner) on the generated images."""
+
+    def make(*argv, cbs=None, precision="float32"):
+        config = parse("--data", bands, "--size", 32, "--model", "small", "-b", 16, "--epochs", 2, *argv)
+        dls = data.get_dls(config)
+        torch.manual_seed(config.seed)
+        return config, learner.build(config, dls, models.build(config.model, len(dls.vocab)), precision, cbs)
+
+    return make
+
+
+def fingerprint(*things):
+    """A hash of tensors, arrays and plain values, nested in dicts and lists: equal if and only if equal to the bit."""
+    h = hashlib.sha256()
+
+    def add(x):
+        if isinstance(x, dict):
+            for k in x:
+                add(k), add(x[k])
+        elif isinstance(x, (list, tuple)):
+            for y in x:
+                add(y)
+        elif isinstance(x, torch.Tensor):
+            h.update(x.detach().cpu().contiguous().numpy().tobytes())
+        elif isinstance(x, np.ndarray):
+            h.update(x.tobytes())
+        else:
+            h.update(repr(x).encode())
+
+    add(things)
+    return h.hexdigest()
+
+
+def state_of(learn):
+    """All that a look must leave alone."""
+    import random
+
+    return fingerprint(
+        learn.model.state_dict(),
+        [p.grad for p in learn.model.parameters()],
+        learn.opt.state_dict() if learn.opt else None,
+        [m.training for m in learn.model.modules()],
+        [len(m._forward_hooks) + len(m._backward_hooks) for m in learn.model.modules()],
+        [dl.epoch for dl in learn.dls],
+        [dl.rng.getstate() for dl in learn.dls],
+        learn.recorder.rows,
+        [type(cb).__name__ for cb in learn.cbs],
+        torch.get_rng_state(),
+        str(np.random.get_state()),
+        random.getstate(),
+    )

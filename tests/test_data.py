@@ -1,0 +1,293 @@
+import functools
+import http.server
+import io
+import random
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from fastai.data.external import URLs, fastai_cfg
+from PIL import Image
+
+from lib import data
+from lib.config import BadInput
+from tests.conftest import picture, save
+from train_fastai import main
+
+RNG = np.random.default_rng(0)
+
+
+def tree(root, sets):
+    """Writes {set folder: {class: number of images}} under `root`."""
+    for where, classes in sets.items():
+        for k, (name, n) in enumerate(classes.items()):
+            for i in range(n):
+                save(root / where / name / f"{i:03}.png", picture(RNG, k, 20 + i % 3, 24))
+    return root
+
+
+def names(items):
+    return [f"{p.parent.name}/{p.name}" for p, _ in items]
+
+
+def test_plain_class_folders_become_three_stratified_sets(tmp_path):
+    root = tree(tmp_path, {"": {"a": 50, "b": 20}})
+    train, valid, test = data.find_images(root, 0.1, 0)
+    count = lambda items: [sum(c == k for _, c in items) for k in "ab"]
+    assert (count(train), count(valid), count(test)) == ([36, 14], [4, 2], [10, 4])
+    assert len(set(train + valid + test)) == 70
+    assert data.find_images(root, 0.1, 0) == (train, valid, test)
+    assert set(data.find_images(root, 0.1, 1)[2]) != set(test)
+
+
+def test_sets_that_are_there_are_taken(tmp_path):
+    both = tree(tmp_path / "both", {"train": {"a": 9, "b": 9}, "val": {"a": 3, "b": 3}, "test": {"a": 4, "b": 4}})
+    assert [len(s) for s in data.find_images(both, 0.1, 0)] == [18, 6, 8]
+    for one in ("valid", "val", "validation", "test"):
+        root = tree(tmp_path / one, {"train": {"a": 20, "b": 20}, one: {"a": 3, "b": 3}})
+        train, valid, test = data.find_images(root, 0.1, 0)
+        assert (len(train), len(valid), len(test)) == (36, 4, 6)
+        assert all(one in p.parts for p, _ in test) and all("train" in p.parts for p, _ in valid)
+    alone = tree(tmp_path / "alone", {"train": {"a": 20, "b": 20}})
+    assert [len(s) for s in data.find_images(alone, 0.1, 0)] == [28, 4, 8]
+
+
+def test_the_split_does_not_follow_the_runs_seed(bands, parse):
+    def of(*argv):
+        dls = data.get_dls(parse("--data", bands, "--size", 32, *argv))
+        return [[dls.store.names[i] for i in dl.ids] for dl in dls]
+
+    assert of("--seeds", 0) == of("--seeds", 1) != of("--split-seed", 1)
+
+
+def test_valid_pct_0_lets_test_choose(make):
+    _, learn = make("--valid-pct", 0)
+    assert learn.dls.valid.ids == learn.dls.test.ids
+    assert len(learn.dls.train.ids) + len(learn.dls.test.ids) == 120
+
+
+def test_the_order_of_the_file_system_does_not_matter(tmp_path, monkeypatch):
+    root = tree(tmp_path, {"": {"b": 8, "a": 8, "c": 8}})
+    before = data.find_images(root, 0.1, 0)
+    walk = data.os.walk
+
+    def shuffled(*args, **kwargs):
+        for at, folders, files in walk(*args, **kwargs):
+            random.shuffle(folders), random.shuffle(files)
+            yield at, folders, files
+
+    monkeypatch.setattr(data.os, "walk", shuffled)
+    assert data.find_images(root, 0.1, 0) == before
+
+
+def test_hidden_files_and_linked_folders_are_passed_over(tmp_path):
+    root = tree(tmp_path / "data", {"": {"a": 9, "b": 9}})
+    (root / "a" / ".hidden.png").write_bytes(b"")
+    (root / "a" / "notes.txt").write_text("")
+    (root / ".cache").mkdir()
+    (root / "loop").symlink_to(root)
+    assert sum(map(len, data.find_images(root, 0.1, 0))) == 18
+
+
+@pytest.mark.parametrize(
+    "sets, words",
+    [
+        ({}, "no images in class folders"),
+        ({"": {"a": 9}}, "only one class"),
+        ({"": {"a": 9, "b": 1}}, "class 'b' has too few images"),
+        ({"train": {"a": 9, "b": 9}, "test": {"a": 3, "c": 3}}, "class 'c' is not among those of train"),
+        ({"train": {"a": 9, "b": 9}, "val": {"a": 3}, "valid": {"a": 3}}, "keep one"),
+    ],
+)
+def test_bad_folders_are_refused_in_one_line(tmp_path, sets, words, capsys):
+    root = tree(tmp_path / "data", sets)
+    root.mkdir(exist_ok=True)
+    assert main(["--data", str(root), "--out", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_an_empty_class_is_named(tmp_path):
+    root = tree(tmp_path, {"": {"a": 9, "b": 9}})
+    (root / "c").mkdir()
+    with pytest.raises(BadInput, match="c: no images"):
+        data.find_images(root, 0.1, 0)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz", "tar.gz", "tar"])
+def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
+    archive = tmp_path / f"my images.{kind}"
+    files = [(p, f"pack/{p.relative_to(bands)}") for p in sorted(bands.rglob("*.png"))]
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as z:
+            [z.write(p, name) for p, name in files]
+    else:
+        with tarfile.open(archive, "w" if kind == "tar" else "w:gz") as t:
+            [t.add(p, name) for p, name in files]
+    config = parse("--data", archive, "--size", 32, "--cache", tmp_path / "cache")
+    dls = data.get_dls(config)
+    assert len(dls.store) == 120 and dls.store.names[0].startswith("class 0/")
+    plain = data.get_dls(parse("--data", bands, "--size", 32))
+    assert plain.store.fingerprint() == dls.store.fingerprint() == data.get_dls(config).store.fingerprint()
+
+
+def evil(kind):
+    member = tarfile.TarInfo({"up": "../escaped.txt", "absolute": "/tmp/escaped.txt"}.get(kind, "link"))
+    if kind == "link":
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+    return member
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "link", "damaged"])
+def test_an_evil_or_damaged_archive_is_refused_whole(tmp_path, parse, kind):
+    archive, out = tmp_path / "x.tgz", io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as t:
+        good = picture(RNG, 0).tobytes()
+        member = tarfile.TarInfo("pack/a/0.png")
+        member.size = len(good)
+        t.addfile(member, io.BytesIO(good))
+        if kind != "damaged":
+            t.addfile(evil(kind))
+    archive.write_bytes(out.getvalue() if kind != "damaged" else out.getvalue()[: len(out.getvalue()) // 2])
+    before = sorted(tmp_path.parent.rglob("*"))
+    with pytest.raises(BadInput, match="x.tgz"):
+        data.root_folder(parse("--data", archive, "--cache", tmp_path / "cache"))
+    assert set(tmp_path.parent.rglob("*")) - set(before) == {tmp_path / "cache"}
+
+
+def test_cifar10_is_downloaded_once_from_fastais_url(tmp_path, parse, monkeypatch):
+    """Against a local server: same code, same file name, same layout as fastai's."""
+    site = tmp_path / "site"
+    images = tree(tmp_path / "cifar10", {"train": {"cat": 9, "dog": 9}, "test": {"cat": 3, "dog": 3}})
+    (images / "labels.txt").write_text("cat\ndog\n")
+    site.mkdir()
+    with tarfile.open(site / "cifar10.tgz", "w:gz") as t:
+        t.add(images, "cifar10")
+    hits = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            hits.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(URLs, "CIFAR", f"http://127.0.0.1:{server.server_port}/cifar10.tgz")
+    monkeypatch.setenv("FASTAI_HOME", str(tmp_path / "home"))
+    fastai_cfg.cache_clear()
+    try:
+        for _ in range(2):
+            dls = data.get_dls(parse("--cache", ""))
+        assert dls.vocab == ["cat", "dog"] and [len(dl.ids) for dl in dls] == [16, 2, 6]
+        assert hits == ["/cifar10.tgz"] and (tmp_path / "home/data/cifar10/train/cat").is_dir()
+    finally:
+        server.shutdown()
+        fastai_cfg.cache_clear()
+
+
+def test_no_network_is_one_line_that_says_what_to_pass(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(URLs, "CIFAR", "http://127.0.0.1:9/cifar10.tgz")
+    monkeypatch.setenv("FASTAI_HOME", str(tmp_path / "home"))
+    fastai_cfg.cache_clear()
+    try:
+        assert main(["--out", str(tmp_path / "runs")]) == 2
+    finally:
+        fastai_cfg.cache_clear()
+    err = capsys.readouterr().err
+    assert "--data digits" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_digits_are_scikit_learns(parse):
+    from sklearn.datasets import load_digits
+
+    dls = data.get_dls(parse("--data", "digits", "--size", 32))
+    assert len(dls.store) == 1797 and len(dls.vocab) == 10
+    found, i = load_digits(), 1234
+    saved = np.asarray(Image.open(next(p for p in dls.store.paths if p.stem == str(i))))
+    assert (saved == np.round(found.images[i] * 255 / 16)).all()
+
+
+MODES = {  # name: (how it is saved, what mean it must have in 0..255)
+    "rgb.png": (lambda a: Image.fromarray(a), None),
+    "rgb.bmp": (lambda a: Image.fromarray(a), None),
+    "grey.png": (lambda a: Image.fromarray(a).convert("L"), "grey"),
+    "palette.gif": (lambda a: Image.fromarray(a[:, :, 0] // 4 * 4), "first"),
+    "cmyk.jpg": (lambda a: Image.fromarray(a).convert("CMYK"), None),
+    "deep.png": (lambda a: Image.fromarray(a[:, :, 0].astype(np.uint16) * 257), "first"),
+    "float.tif": (lambda a: Image.fromarray(a[:, :, 0].astype(np.float32) / 255), "first"),
+    "opaque.png": (lambda a: Image.fromarray(np.dstack([a, np.full(a.shape[:2], 255, np.uint8)])), None),
+    "clear.png": (lambda a: Image.fromarray(np.dstack([a, np.zeros(a.shape[:2], np.uint8)])), "white"),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_decodes_to_its_mean(tmp_path, name):
+    array = picture(RNG, 1, 40, 40) // 2
+    how, expected = MODES[name]
+    image = how(array)
+    image.save(tmp_path / name)
+    mean = {
+        None: array.mean(),
+        "grey": np.asarray(image).mean(),
+        "first": np.asarray(image).astype(float).mean() / {"deep.png": 257, "float.tif": 1 / 255}.get(name, 1),
+        "white": 255,
+    }[expected]
+    out = data.decode(tmp_path / name, 40)
+    assert out.shape == (40, 40, 3) and out.dtype == np.uint8
+    assert abs(out.mean() - mean) < 3
+
+
+def test_exif_rotation_sizes_and_shapes(tmp_path):
+    array = np.zeros((20, 60, 3), np.uint8)
+    array[:, :30] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
+    out = data.decode(tmp_path / "a.png", 10)
+    assert out.shape == (30, 10, 3) and out[:10].mean() > 245 and out[-10:].mean() < 10
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_a_file_that_is_no_image_is_named(tmp_path, content, capsys):
+    root = tree(tmp_path / "data", {"": {"a": 9, "b": 9}})
+    (root / "b" / "broken.png").write_bytes(content)
+    assert main(["--data", str(root), "--out", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert "broken.png" in err and err.count("\n") == 1
+
+
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
+    save(tmp_path / "big.png", np.zeros((200, 300), np.uint8))
+    monkeypatch.setattr(data, "MAX_PIXELS", 50_000)
+    with pytest.raises(BadInput, match="300 x 200"):
+        data.decode(tmp_path / "big.png", 32)
+
+
+def test_statistics_are_those_of_the_training_images(make):
+    _, learn = make()
+    store, ids = learn.dls.store, learn.dls.train.ids
+    pixels = np.stack([store[i] for i in ids]).reshape(-1, 3) / 255
+    assert np.allclose(learn.dls.mean, pixels.mean(0)) and np.allclose(learn.dls.std, pixels.std(0))
+    x = learn.dls.valid.one_batch()[0][0].permute(1, 2, 0).numpy()
+    assert np.allclose(x, (store[learn.dls.valid.ids[0]] / 255 - pixels.mean(0)) / pixels.std(0), atol=1e-5)
+
+
+def test_every_image_is_seen_once_an_epoch(make):
+    _, learn = make("-b", 33)  # leaves a last batch that is not full
+    dl = learn.dls.train
+    assert sum(len(y) for _, y in dl) == len(dl.ids) and len(dl.ids) % 33 != 0
+    assert sorted(dl.get_idxs()) == list(range(len(dl.ids)))
+
+
+def test_fewer_images_than_a_batch_is_one_batch(make):
+    _, learn = make("-b", 500)
+    assert len(learn.dls.train) == 1 and len(learn.dls.train.one_batch()[1]) == len(learn.dls.train.ids)
+
+
+def test_new_files_go_through_the_same_preprocessing(make):
+    _, learn = make()
+    known = learn.dls.valid
+    paths = [learn.dls.store.paths[i] for i in known.ids[:5]]
+    x = learn.dls.test_dl(paths).one_batch()[0]
+    assert (x == known.one_batch()[0][:5]).all()

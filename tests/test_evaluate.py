@@ -1,0 +1,165 @@
+import csv
+import json
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lib import callbacks, evaluate, plots, runs
+from tests.conftest import state_of
+
+
+def outcome_with(learn, wrong):
+    """An outcome on test with `wrong` mistakes of different losses."""
+    n, c = len(learn.dls.test.ids), len(learn.dls.vocab)
+    targets, p = learn.dls.test.labels, np.full((n, c), 0.01)
+    for i, t in enumerate(targets):
+        sure = 0.5 + 0.4 * i / n
+        p[i, (t + 1) % c if i < wrong else t] = sure
+    p /= p.sum(1, keepdims=True)
+    return targets, p, -np.log(p[np.arange(n), targets])
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 24])
+@pytest.mark.parametrize("k", [None, 5])
+def test_mistakes_are_all_wrong_and_worst_first(make, wrong, k):
+    _, learn = make()
+    found = outcome_with(learn, wrong)
+    rows = evaluate.mistakes(learn, k, found)
+    assert len(rows) == min(wrong, k or wrong)
+    assert all(row["truth"] != row["prediction"] and row["p_truth"] < row["p_prediction"] for row in rows)
+    assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["loss"] for row in rows] == sorted((row["loss"] for row in rows), reverse=True)
+
+
+def test_mistakes_describe_their_files(make):
+    """Each row against the network itself, on the file that the row names."""
+    _, learn = make()
+    learn.fit(1, 0.02)
+    before = state_of(learn)
+    rows = evaluate.mistakes(learn)
+    assert state_of(learn) == before
+    vocab, store = list(learn.dls.vocab), learn.dls.store
+    assert len(rows) == sum(int((z.argmax(1) != y).sum()) for _, z, y in learn.logits(learn.dls.test)) > 0
+    mean, std = (torch.tensor(v).view(3, 1, 1).float() for v in (learn.dls.mean, learn.dls.std))
+    learn.model.eval()
+    for row in rows[:10]:
+        assert row["file"].startswith(row["truth"] + "/")
+        x = torch.tensor(store[store.names.index(row["file"])]).permute(2, 0, 1) / 255
+        with torch.no_grad():
+            p = learn.model(((x - mean) / std)[None]).softmax(1)[0]
+        assert vocab[p.argmax()] == row["prediction"]
+        assert p.max().item() == pytest.approx(row["p_prediction"], rel=1e-4)
+        assert p[vocab.index(row["truth"])].item() == pytest.approx(row["p_truth"], rel=1e-3)
+        assert row["loss"] == pytest.approx(-np.log(row["p_truth"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 24])
+def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, wrong, capsys):
+    config, learn = make("--out", tmp_path, "--gallery", 10, "--lr", 0.05)
+    best = callbacks.KeepBest()
+    learn.fit(1, 0.05, cbs=best)
+    run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.05, params=1)
+    monkeypatch.setattr(evaluate, "outcome", lambda learn, dl: outcome_with(learn, wrong))
+    learn.dls.loaders[1] = learn.dls.valid = learn.dls.test
+    shown = []
+    draw = plots.gradcam
+    monkeypatch.setattr(plots, "gradcam", lambda *args: shown.append(len(args[0])) or draw(*args))
+    evaluate.report(learn, config, run, learn.recorder.rows, best)
+    rows = list(csv.DictReader(open(run / "mistakes.csv")))
+    assert len(rows) == wrong and shown == ([min(10, wrong)] if wrong else [])
+    assert (run / "gradcam.png").exists() == bool(wrong)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["mistakes"] == wrong and summary["test_acc"] == pytest.approx(1 - wrong / 24)
+    out = capsys.readouterr().out
+    assert ("no mistakes" in out) == (wrong == 0) and out.strip().count("\n") == 2
+
+
+def test_the_summary_is_of_the_kept_weights(make):
+    config, learn = make("--epochs", 3, "--target", 0.3)
+    best = callbacks.KeepBest()
+    learn.fit(3, 0.05, cbs=best)
+    learn.model.load_state_dict(best.state)
+    loss, acc = learn.loss_and_accuracy(learn.dls.valid, float32=True)
+    valid, test = (evaluate.outcome(learn, dl) for dl in (learn.dls.valid, learn.dls.test))
+    env = dict(chosen_on="valid", lr=0.05, params=9, images=dict(train=88))
+    s = evaluate.summarize(config, env, learn.recorder.rows, best.epoch_number, valid, test, learn.opt.opt)
+    assert (s["valid_acc"], s["valid_loss"]) == (pytest.approx(acc), pytest.approx(loss, rel=1e-5))
+    assert s["valid_acc"] == max(row["valid_acc"] for row in learn.recorder.rows)
+    first = next(row for row in learn.recorder.rows if row["test_acc"] >= 0.3)
+    assert (s["epochs_to_target"], s["seconds_to_target"]) == (first["epoch"], first["seconds"])
+    weights = sum(p.numel() for p in learn.model.parameters())
+    assert s["optimizer_state_bytes"] == 4 * weights and s["peak_rss_bytes"] > 1e8
+    assert valid[2].mean() == pytest.approx(F.nll_loss(torch.tensor(valid[1]).log(), torch.tensor(valid[0])).item())
+
+
+def rows_of(n, chosen=True):
+    lrs = [0.1] * (n // 2) + [0.03] * (n - n // 2)
+    return [
+        dict(
+            epoch=i + 1,
+            lr=lr,
+            train_acc=0.5,
+            train_loss=1.0,
+            valid_acc=0.5,
+            valid_loss=1.0,
+            test_acc=0.5,
+            test_loss=1.0,
+        )
+        for i, lr in enumerate(lrs)
+    ]
+
+
+def test_figures_say_what_they_show():
+    figure = plots.results(rows_of(10), "a run", 0.88, 3)
+    top, middle, bottom = figure.axes
+    labels = [t.get_text() for t in top.get_legend().get_texts()]
+    assert labels == [
+        "train (augmented batches)",
+        "valid",
+        "test",
+        "target 0.88",
+        "kept: epoch 3, best valid accuracy",
+        "rate reduced",
+    ]
+    cuts = [line.get_xdata()[0] for line in bottom.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"]
+    assert cuts == [5.5] and bottom.get_yscale() == "log"
+    assert "test chose" in plots.results(rows_of(4), "a run", 0.88, 3, "test").axes[0].get_title()
+
+    found = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
+    labels = [
+        t.get_text()
+        for t in plots.lr_find(np.geomspace(1e-5, 10, 50), np.linspace(2, 1, 50), np.linspace(2, 1, 50), found, "steep")
+        .axes[0]
+        .get_legend()
+        .get_texts()
+    ]
+    assert [label for label in labels if "used" in label] == ["steep: 0.1  (used)"] and len(labels) == 6
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 7, 25])
+def test_a_gallery_of_any_size_and_strange_names(n):
+    row = dict(rank=1, prediction="$x^2$ <b>é\n" * 5, truth="猫", p_prediction=1.0, p_truth=1e-9)
+    picture = np.zeros((n, 32, 32, 3), np.uint8)
+    figure = plots.gradcam(picture, np.zeros((n, 32, 32)), np.zeros((n, 32, 32)), [row] * n, "title")
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert sum(len(sub.axes) for sub in figure.subfigs) == 3 * n
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 120])
+def test_a_confusion_matrix_of_any_size(classes):
+    counts = np.eye(classes, dtype=int) * 5
+    figure = plots.confusion_matrix(counts, [f"class number {i}" for i in range(classes)], "title")
+    assert figure.axes[0].get_ylabel() == "truth" and len(figure.axes[0].texts) == (classes if classes <= 40 else 0)
+    figure.canvas.draw()
+
+
+def test_pyplot_is_left_alone():
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    plots.train_batch(np.zeros((3, 8, 8, 3), np.uint8), ["a", "b", "c"], "title")
+    assert pyplot.get_fignums() == before

@@ -1,0 +1,179 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lib import callbacks, learner, models
+from lib.callbacks import Diverged
+from tests.conftest import fingerprint, state_of
+
+
+def test_the_first_loss_is_near_ln_of_the_classes(make):
+    for name in models.MODELS:
+        _, learn = make("--model", name)
+        assert abs(learn.validate()[0] - math.log(4)) < 0.35
+
+
+def test_it_overfits_one_batch(make):
+    _, learn = make("--cutout", 0, "--crop-padding", 0, "--no-flip")
+    dl = learn.dls.train
+    dl.get_idxs, dl.n = lambda: list(range(16)), 16
+    learn.fit(40, 0.1)
+    assert learn.recorder.rows[-1]["train_loss"] < 0.05 and learn.recorder.rows[-1]["train_acc"] == 1
+
+
+def test_two_equal_runs_are_equal_to_the_bit(make):
+    def run(*argv):
+        config, learn = make(*argv)
+        learn.fit(2, 0.1)
+        return fingerprint(learn.model.state_dict(), [{**r, "seconds": 0} for r in learn.recorder.rows])
+
+    assert run() == run() != run("--seeds", 1)
+
+
+def test_a_step_is_plain_sgd_with_momentum_and_l2(make):
+    """v = mom v + g + wd w; w -= lr v; weights of norms and biases without wd."""
+    _, learn = make("--momentum", 0.8, "--weight-decay", 0.01)
+    model = learn.probe().model
+    with torch.no_grad():
+        weights = {n: p.clone() for n, p in model.named_parameters()}
+    velocity = {n: torch.zeros_like(p) for n, p in weights.items()}
+    spared = {n for n in weights if n.endswith("bias") or weights[n].ndim == 1}
+    batches = [[t.as_subclass(torch.Tensor) for t in b] for b in learn.dls.train.new()]
+    model.train()
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for (n, p), g in zip(model.named_parameters(), grads):
+                velocity[n] = 0.8 * velocity[n] + g + (0 if n in spared else 0.01) * p
+                p -= 0.05 * velocity[n]
+    learn.fit(1, 0.05)
+    for (n, p), q in zip(model.named_parameters(), learn.model.parameters()):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), n
+    groups = learn.opt.opt.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.01, 0.0] and {g["momentum"] for g in groups} == {0.8}
+    assert len(groups[1]["params"]) == len(spared) and sum(len(g["params"]) for g in groups) == len(weights)
+
+
+def test_the_training_loss_is_the_mean_over_images(make):
+    """Trap 11: fastai's is a moving average. The last batch is smaller, and counts less."""
+    _, learn = make("-b", 25)
+    seen = []
+
+    class Spy(callbacks.Callback):
+        def after_batch(self):
+            if self.training:
+                per_image = F.cross_entropy(self.pred, self.y, reduction="none")
+                seen.extend(zip(per_image.tolist(), (self.pred.argmax(1) == self.y).tolist()))
+
+    learn.fit(2, 0.05, cbs=Spy())
+    n = len(learn.dls.train.ids)
+    assert len(seen) == 2 * n
+    for e, row in enumerate(learn.recorder.rows):
+        losses, right = zip(*seen[e * n : (e + 1) * n])
+        assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+        assert row["train_acc"] == np.mean(right)
+
+
+def test_evaluation_equals_plain_torch_and_changes_nothing(make):
+    _, learn = make()
+    learn.fit(1, 0.05)
+    before = state_of(learn)
+    loss, acc = learn.validate(2)
+    logits, y = zip(*[(z, y) for _, z, y in learn.logits(learn.dls.test)])
+    learn.get_preds()
+    assert state_of(learn) == before
+    z, y = torch.cat(logits), torch.cat(y)
+    assert loss == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
+    assert acc == (z.argmax(1) == y).float().mean().item() == pytest.approx(learn.recorder.rows[-1]["test_acc"])
+
+
+def test_a_fit_with_looks_equals_a_fit_without(make):
+    class Looks(callbacks.Callback):
+        order = 90
+
+        def after_epoch(self):
+            self.learn.validate(1), self.learn.get_preds(), self.learn.lr_find(num_it=20)
+
+    def run(cbs):
+        _, learn = make()
+        learn.fit(3, 0.05, cbs=cbs)
+        return fingerprint(learn.model.state_dict(), [{**r, "seconds": 0} for r in learn.recorder.rows])
+
+    assert run([Looks()]) == run([])
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_loss_that_is_not_finite_stops_loudly(make, at):
+    _, learn = make()
+
+    class Poison(callbacks.Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 1 and self.iter == at - 1:
+                self.learn.xb = (self.xb[0] * math.nan,)
+
+    kept = []
+    with pytest.raises(Diverged, match=f"nan at epoch 2, batch {at}, lr 0.05"):
+        learn.fit(3, 0.05, cbs=[Poison(), callbacks.KeepBest(kept.append)])
+    assert len(learn.recorder.rows) == len(kept) == 1
+
+
+def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
+    monkeypatch.setattr(callbacks, "CHECK_EVERY", 2)
+    _, learn = make()
+    steps = []
+
+    class Count(callbacks.Callback):
+        def after_batch(self):
+            steps.append(1)
+
+    with pytest.raises(Diverged, match="epoch 1, batch 2"):
+        learn.fit(1, 1e30, cbs=Count())
+    assert len(steps) <= 3
+
+
+def test_the_best_weights_are_those_of_the_best_valid_accuracy():
+    keep, model = callbacks.KeepBest(), torch.nn.Linear(1, 1)
+    keep.learn = learn = SimpleNamespace(model=model, recorder=SimpleNamespace(rows=[]))
+    scores = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)]
+    for epoch, (acc, loss) in enumerate(scores, 1):
+        torch.nn.init.constant_(model.weight, epoch)
+        learn.recorder.rows.append(dict(epoch=epoch, valid_acc=acc, valid_loss=loss))
+        keep.after_epoch()
+    assert keep.epoch_number == 3 and keep.state["weight"].item() == 3
+
+
+def test_bf16_trains_on_a_cpu_and_float32_evaluates(make):
+    _, learn = make(precision="bf16")
+    kinds = []
+    learn.model.stem[0].register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    learn.fit(2, 0.05)
+    assert set(kinds) == {torch.bfloat16} and next(learn.model.parameters()).dtype == torch.float32
+    kinds.clear()
+    learn.loss_and_accuracy(learn.dls.test, float32=True)
+    assert set(kinds) == {torch.float32}
+    assert learn.recorder.rows[1]["train_loss"] < learn.recorder.rows[0]["train_loss"]
+
+
+def test_precision_auto_is_what_the_chip_has(parse, monkeypatch):
+    device = torch.device("cpu")
+    for chip, expected in ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "float32"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda chip=chip: chip)
+        assert learner.pick_precision(parse(), device) == expected
+
+
+def test_images_and_weights_are_channels_last(make):
+    _, learn = make()
+    assert learn.dls.train.one_batch()[0].is_contiguous(memory_format=torch.channels_last)
+    assert learn.model.stages[0][0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_label_smoothing_is_of_the_training_loss_alone(make):
+    config, learn = make("--label-smoothing", 0.2)
+    assert learn.loss_func.func.label_smoothing == 0.2
+    z, y = zip(*[(z, y) for _, z, y in learn.logits(learn.dls.valid)])
+    assert learn.validate()[0] == pytest.approx(F.cross_entropy(torch.cat(z), torch.cat(y)).item(), rel=1e-5)

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+from torch_lr_finder import LRFinder
+
+from lib import lr_range, schedules
+from lib.config import BadInput
+from tests.conftest import fingerprint, state_of
+from train_fastai import main
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """The batches of a fastai loader, as pytorch-lr-finder takes them."""
+
+    def __init__(self, dl):
+        self.batches = [[t.as_subclass(torch.Tensor) for t in b] for b in dl]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_raw_losses_are_pytorch_lr_finders(make):
+    """Same model, batches and rates: raw losses agree to 1e-4, over more than one pass."""
+    _, learn = make("-b", 8)
+    n, batches = 22, []
+    for epoch in range(3):
+        batches += Batches(learn.dls.train.new(epoch=epoch)).batches
+    assert len(learn.dls.train) < n <= len(batches)
+    found = learn.lr_find(1e-4, 1, n, stop_div=False)
+    model = learn.probe().model
+    optimizer = torch.optim.SGD(learn.splitter(model)[0], lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    optimizer.add_param_group(dict(params=learn.splitter(model)[1], weight_decay=0.0))
+    finder = LRFinder(model, optimizer, torch.nn.CrossEntropyLoss(), "cpu")
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    finder.range_test(loader, end_lr=1, num_iter=n, smooth_f=0, diverge_th=1e9)
+    assert np.allclose(found.lrs, finder.history["lr"], rtol=1e-9)
+    assert np.allclose(found.losses, finder.history["loss"], rtol=1e-4)
+    assert found.epochs == -(-n // len(learn.dls.train))
+
+
+def test_it_leaves_no_trace(make):
+    _, learn = make()
+    learn.fit(1, 0.1)  # so that there is an optimizer state, and a record
+    before = state_of(learn)
+    learn.lr_find(num_it=30)
+    assert state_of(learn) == before
+
+
+def test_interrupted_it_leaves_no_trace(make, monkeypatch):
+    _, learn = make()
+    before, dl = state_of(learn), learn.dls.train
+    do_batch, calls = dl.do_batch, []
+
+    def interrupt(b):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return do_batch(b)
+
+    monkeypatch.setattr(dl, "do_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        learn.lr_find(num_it=30)
+    monkeypatch.undo()
+    assert state_of(learn) == before
+
+
+def test_a_run_that_finds_x_equals_a_run_with_x(make):
+    config, found = make()
+    lr = found.lr_find().steep
+    schedules.fit(found, config, lr)
+    _, told = make()
+    schedules.fit(told, config, lr)
+    rows = lambda learn: [{k: v for k, v in row.items() if k != "seconds"} for row in learn.recorder.rows]
+    assert rows(found) == rows(told)
+    assert fingerprint(found.model.state_dict(), found.opt.state_dict()) == fingerprint(
+        told.model.state_dict(), told.opt.state_dict()
+    )
+
+
+def curve(of, n=100):
+    lrs = np.geomspace(1e-5, 10, n)
+    noise = np.random.default_rng(0).normal(0, 0.05, n)
+    return lrs, of(np.log10(lrs)) + noise
+
+
+FALLING = lambda x: 2.3 - 1.2 / (1 + np.exp(-6 * (x + 2))) + 5 * np.maximum(x + 0.3, 0) ** 2  # steepest at 1e-2
+
+
+def test_the_steepest_point_is_where_it_is():
+    """Trap 10: a moving average moves it from 7e-3 to 2.6e-2; a centred window leaves it."""
+    lrs, losses = curve(FALLING)
+    smooth = lr_range.smoothed(losses, 100 * lr_range.SMOOTHING)
+    lr_range.check_fall(losses, smooth)
+    found = lr_range.suggest(lrs, smooth, 100)
+    assert 5e-3 < found["steep"] < 2e-2
+    assert 0.005 < found["minimum"] < 0.06  # a tenth of where the loss is least
+    assert set(found) == {"valley", "steep", "minimum", "slide"} and all(1e-5 <= lr <= 10 for lr in found.values())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda x: 2.3 + 0 * x, lambda x: 2.3 + np.maximum(x + 2, 0), lambda x: np.where(x < -4.9, 2.3, np.nan)],
+    ids=["flat", "rising", "nan"],
+)
+def test_a_curve_without_a_fall_is_refused(of):
+    _, losses = curve(of)
+    with pytest.raises(BadInput, match="--lr"):
+        lr_range.check_fall(losses, lr_range.smoothed(losses, 4))
+
+
+def test_a_model_that_cannot_learn_ends_in_status_2(bands, cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lib.models.SmallResNet.forward", lambda self, x: self.head.bias.expand(len(x), -1) * 0.0)
+    argv = ["--data", bands, "--size", "32", "-b", "16", "--model", "small", "--cache", cache, "--out", tmp_path]
+    assert main([*map(str, argv)]) == 2
+    err = capsys.readouterr().err
+    assert "never falls" in err and err.count("\n") == 1
+
+
+def test_a_loss_that_is_not_a_number_ends_the_test(make):
+    _, learn = make()
+    lrs, losses, _ = lr_range.run(learn, np.geomspace(1e-3, 1e30, 40))
+    assert len(losses) < 40 and len(lrs) == len(losses)

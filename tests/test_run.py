@@ -1,0 +1,240 @@
+"""The whole line, as a user runs it."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lib import runs
+from lib.config import BadInput, Config
+from tests.conftest import save
+from train_fastai import main
+
+ROOT = Path(__file__).parent.parent
+FILES = """args.yaml env.json lr_find.csv lr_find.png results.csv results.png confusion_matrix.csv confusion_matrix.png
+mistakes.csv gradcam.png train_batch.png summary.json weights/best.safetensors weights/model.json""".split()
+COLUMNS = "epoch,seconds,lr,momentum,batch_size,train_loss,train_acc,valid_loss,valid_acc,test_loss,test_acc"
+CIFAR = ROOT / "../shared/data/cifar10.tgz"
+
+
+def rows_of(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory, cache):
+    """(run folder, stdout, seconds) of `train_fastai.py --smoke` as a process of its own."""
+    out, start = tmp_path_factory.mktemp("runs"), time.perf_counter()
+    command = [sys.executable, "train_fastai.py", "--smoke", "--out", out, "--cache", cache]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / "digits-plateau-s0", done.stdout, time.perf_counter() - start
+
+
+def test_smoke_makes_every_file_within_a_minute(smoke):
+    run, out, seconds = smoke
+    made = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+    assert made == sorted(FILES)
+    assert seconds < 60
+    assert out.count("\nepoch ") == 2 and "range test:" in out and str(run) in out
+
+
+def test_the_tables_agree(smoke):
+    run, _, _ = smoke
+    assert (run / "results.csv").read_text().splitlines()[0] == COLUMNS
+    rows, summary = rows_of(run / "results.csv"), json.loads((run / "summary.json").read_text())
+    mistakes = rows_of(run / "mistakes.csv")
+    n = json.loads((run / "env.json").read_text())["images"]["test"]
+    counts = np.array(
+        [[int(v) for k, v in row.items() if k != "truth"] for row in rows_of(run / "confusion_matrix.csv")]
+    )
+    assert counts.sum() == n and counts.sum() - np.trace(counts) == len(mistakes) == summary["mistakes"]
+    assert summary["test_acc"] == np.trace(counts) / n
+    assert summary["valid_acc"] == pytest.approx(max(float(row["valid_acc"]) for row in rows))
+    lr = float(rows[0]["lr"])
+    assert lr == summary["lr"] == json.loads((run / "env.json").read_text())["lr"]
+    found = rows_of(run / "lr_find.csv")
+    assert list(found[0]) == ["lr", "loss", "smooth_loss"] and len(found) <= 100
+    assert list(mistakes[0]) == "rank,file,truth,prediction,loss,p_prediction,p_truth".split(",")
+    for png in run.glob("*.png"):
+        with Image.open(png) as image:
+            assert min(image.size) > 400
+
+
+def test_args_yaml_runs_it_again_with_the_same_result(smoke, tmp_path):
+    run, _, _ = smoke
+    assert main(["-c", str(run / "args.yaml"), "--out", str(tmp_path)]) == 0
+    again = tmp_path / run.name
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert drop(rows_of(again / "results.csv")) == drop(rows_of(run / "results.csv"))
+    for name in (
+        "mistakes.csv",
+        "confusion_matrix.csv",
+        "lr_find.csv",
+        "weights/best.safetensors",
+        "weights/model.json",
+    ):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_lr_find_equals_lr_x_to_the_bit(smoke, tmp_path, cache):
+    run, _, _ = smoke
+    lr = json.loads((run / "summary.json").read_text())["lr"]
+    argv = ["--smoke", "--lr", repr(lr), "--out", tmp_path, "--cache", cache, "--name", "told"]
+    assert main([*map(str, argv)]) == 0
+    assert (tmp_path / "told/weights/best.safetensors").read_bytes() == (run / "weights/best.safetensors").read_bytes()
+    assert not (tmp_path / "told/lr_find.csv").exists()
+
+
+def test_the_weights_reload_in_plain_torch(smoke):
+    """The lines that the README shows, and the same test accuracy."""
+    from safetensors.torch import load_file
+
+    from lib.models import rebuild
+
+    run, _, _ = smoke
+    card = json.loads((run / "weights/model.json").read_text())
+    model = rebuild(card)
+    model.load_state_dict(load_file(run / "weights/best.safetensors"))
+    model.eval()
+    wrong = {row["file"]: row["prediction"] for row in rows_of(run / "mistakes.csv")}
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    root = Path(args["cache"]) / "digits"
+    mean, std = torch.tensor(card["mean"]).view(3, 1, 1), torch.tensor(card["std"]).view(3, 1, 1)
+    for name in list(wrong)[:20]:
+        image = Image.open(root / name).convert("RGB").resize((card["size"],) * 2, Image.Resampling.BICUBIC)
+        x = (torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 - mean) / std
+        assert card["classes"][model(x[None].float()).argmax()] == wrong[name]
+    code = "import sys; from lib import models; assert 'fastai' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_photographs_of_mixed_sizes_in_train_and_val(tmp_path, cache):
+    """Two classes, train/ and val/: val is test, valid is held out of train, images become 128 x 128."""
+    rng = np.random.default_rng(0)
+    for where, n in (("train", 12), ("val", 5)):
+        for k, name in enumerate(("night sky", "Grün & weiß")):
+            for i in range(n):
+                h, w = rng.integers(90, 400, 2)
+                array = rng.integers(0, 60, (h, w, 3), dtype=np.uint8) + np.uint8(170 * k)
+                save(tmp_path / "photos" / where / name / f"IMG {i}.jpg", array if i % 4 else array[:, :, 0])
+    argv = [
+        "--data",
+        tmp_path / "photos",
+        "--epochs",
+        1,
+        "--lr",
+        0.05,
+        "--model",
+        "small",
+        "--out",
+        tmp_path,
+        "--cache",
+        cache,
+    ]
+    assert main([*map(str, argv), "--name", "photos-run"]) == 0
+    env = json.loads((tmp_path / "photos-run/env.json").read_text())
+    assert env["images"] == {"train": 22, "valid": 2, "test": 10} and env["size"] == 128
+    assert all(row["file"].startswith("val/") for row in rows_of(tmp_path / "photos-run/mistakes.csv"))
+
+
+def test_valid_pct_0_says_that_test_chose(tmp_path, bands, cache, capsys):
+    argv = ["--data", bands, "--size", 32, "--model", "small", "--epochs", 1, "--lr", 0.05, "--valid-pct", 0, "-b", 16]
+    assert main([*map(str, argv), "--out", str(tmp_path), "--name", "x", "--cache", str(cache)]) == 0
+    assert json.loads((tmp_path / "x/summary.json").read_text())["chosen_on"] == "test"
+    assert "test chose the weights" in capsys.readouterr().out
+
+
+def test_a_rate_that_explodes_is_status_3_and_names_the_place(tmp_path, bands, cache, capsys):
+    argv = [
+        "--data",
+        bands,
+        "--size",
+        32,
+        "--model",
+        "small",
+        "--lr",
+        1e30,
+        "-b",
+        16,
+        "--out",
+        tmp_path,
+        "--cache",
+        cache,
+    ]
+    assert main([*map(str, argv)]) == 3
+    err = capsys.readouterr().err
+    assert "epoch 1, batch" in err and "lr 1e+30" in err and err.count("\n") == 1
+
+
+def test_lr_find_only_and_dry_run(tmp_path, bands, cache, capsys):
+    argv = [
+        *map(str, ["--data", bands, "--size", 32, "--model", "small", "-b", 16, "--out", tmp_path, "--cache", cache])
+    ]
+    assert main([*argv, "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == [] and "120" not in capsys.readouterr().err
+    assert main([*argv, "--lr-find-only", "--lr-iters", "40"]) == 0
+    (run,) = tmp_path.iterdir()
+    assert (run / "lr_find.png").exists() and not (run / "results.csv").exists()
+    assert "passes over the training images" in capsys.readouterr().out
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path):
+    config = Config(data="digits", out=str(tmp_path))
+    assert [runs.start(config).path.name for _ in range(3)] == [f"digits-plateau-s0{s}" for s in ("", "-2", "-3")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="--out"):
+        runs.start(Config(out=str(tmp_path / "file")))
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    runs.write(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(BadInput, match="No space left"):
+        runs.write(tmp_path / "a", "new, and longer")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_digits_end_above_97_percent_within_three_minutes(tmp_path, cache):
+    start = time.perf_counter()
+    command = [sys.executable, "train_fastai.py", "--data", "digits", "--out", tmp_path, "--cache", cache]
+    assert subprocess.run(list(map(str, command)), cwd=ROOT).returncode == 0
+    assert time.perf_counter() - start < 180
+    assert json.loads((tmp_path / "digits-plateau-s0/summary.json").read_text())["test_acc"] > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR.exists(), reason="needs ../shared/data/cifar10.tgz")
+def test_cifar10_learns(tmp_path, cache):
+    argv = [
+        "--data",
+        CIFAR,
+        "--size",
+        32,
+        "--model",
+        "small",
+        "--epochs",
+        1,
+        "--lr",
+        0.1,
+        "--out",
+        tmp_path,
+        "--cache",
+        cache,
+    ]
+    assert main([*map(str, argv)]) == 0
+    (run,) = tmp_path.iterdir()
+    rows = rows_of(run / "results.csv")
+    assert float(rows[0]["test_acc"]) > 0.35 and float(rows[0]["train_loss"]) < math.log(10)
