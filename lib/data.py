@@ -27,7 +27,7 @@ from lib.config import BadInput
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
-MAX_PIXELS = 100_000_000  # an image of more is refused from its header, before it takes memory
+MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
 RESIZE_RULE = (
     "upright (EXIF), RGB, shorter side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
@@ -86,12 +86,7 @@ SOURCES = {"cifar10": cifar10, "digits": digits}
 def root_folder(config):
     """The folder of images that `--data` names. Raises BadInput where there is none."""
     if config.data in SOURCES:
-        try:
-            return enter(SOURCES[config.data](config))
-        except OSError as e:
-            raise BadInput(
-                f"--cache {cache_dir(config)}: cannot be written ({one_line(e)}); pass another folder"
-            ) from None
+        return enter(SOURCES[config.data](config))
     path = Path(config.data).expanduser()
     if path.is_dir():
         return enter(path)
@@ -282,7 +277,7 @@ def decode(path, size):
             image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):
-                image = from_deep(np.asarray(image))
+                image = from_deep(np.asarray(image), image.mode)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB")
@@ -297,10 +292,10 @@ def decode(path, size):
         raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
 
 
-def from_deep(a):
-    """16-bit and float grey levels as 8-bit: whole numbers over 255 are 16-bit, floats up to 1 are shares of white."""
+def from_deep(a, mode):
+    """16-bit and float grey levels as 8-bit. 16-bit modes say so; of others, levels up to 1 are shares of white."""
     a = a.astype(np.float64)
-    top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
+    top = 65535 if mode.startswith("I;16") or a.max() > 255 else 255 if a.max() > 1 else 1
     return Image.fromarray((a.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
@@ -317,8 +312,11 @@ class Store:
         self.paths, self.size = list(paths), size
         self.names = [Path(os.path.relpath(p, root)).as_posix() for p in self.paths]
         self.index = {p: i for i, p in enumerate(self.paths)}
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            images = list(pool.map(lambda p: decode(p, size), self.paths, chunksize=64))
+        pool = ThreadPoolExecutor(threads or os.cpu_count())
+        try:
+            images = list(pool.map(lambda p: decode(p, size), self.paths))
+        finally:
+            pool.shutdown(cancel_futures=True)  # the first file that cannot be read ends it
         self.shapes = [i.shape for i in images]
         self.offsets = np.cumsum([0] + [i.size for i in images])
         self.data = np.concatenate([i.reshape(-1) for i in images]) if images else np.empty(0, np.uint8)
@@ -414,8 +412,14 @@ def get_dls(config, device="cpu"):
 
     Raises BadInput (one line) for data that cannot be trained on.
     """
-    root, size = root_folder(config), image_size(config)
-    train, valid, test = find_images(root, config.valid_pct, config.split_seed)
+    size = image_size(config)
+    try:
+        root = root_folder(config)
+        train, valid, test = find_images(root, config.valid_pct, config.split_seed)
+    except OSError as e:
+        raise BadInput(
+            f"--data {config.data}: {one_line(e)}; make it readable, or pass another --data or --cache"
+        ) from None
     items = train + (valid if valid is not test else []) + test
     store = Store([p for p, _ in items], size, root)
     label, n = dict(items), len(train)

@@ -31,6 +31,17 @@ def decay_split(model):
     ]
 
 
+@contextmanager
+def kept_modes(model):
+    """Puts every module of `model` back into the mode, train or eval, that it had."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
 class SGDLearner(Learner):
     """A Learner that trains with plain SGD: v = mom * v + (g + wd * w), w = w - lr * v (as torch's).
 
@@ -127,15 +138,13 @@ class SGDLearner(Learner):
     @torch.no_grad()
     def logits(self, dl, float32=True):
         """Yields (images, logits in float32, targets or None) for each batch of `dl`, the model in eval mode."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with kept_modes(self.model):
+            self.model.eval()
             for b in dl:
                 x, *y = (t.as_subclass(torch.Tensor) for t in self._set_device(b))
                 with self.autocast() if not float32 else torch.autocast(x.device.type, enabled=False):
-                    yield x, self.model(x).float(), y[0] if y else None
-        finally:
-            self.model.train(training)
+                    logits = self.model(x).float()
+                yield x, logits, y[0] if y else None
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         """(loss, accuracy) on a loader, by default valid. Unlike fastai's it touches no record and no callback."""
@@ -144,16 +153,13 @@ class SGDLearner(Learner):
     @contextmanager
     def validation_context(self, cbs=None, inner=False):
         """As fastai's, without a `before_fit` for callbacks that are in the middle of one; state is restored after."""
-        names = ("epoch", "iter", "n_iter", "dl", "xb", "yb", "pred", "loss")
+        names = ("training", "epoch", "iter", "n_iter", "dl", "xb", "yb", "pred", "loss")
         kept = {n: getattr(self, n) for n in names if hasattr(self, n)}
-        training, mode = self.training, self.model.training
         others = [cb for cb in self.cbs if not isinstance(cb, TrainEvalCallback)]
-        with self.removed_cbs(others), super().validation_context(cbs, inner=True):
+        with kept_modes(self.model), self.removed_cbs(others), super().validation_context(cbs, inner=True):
             try:
                 yield
             finally:
-                self.training = training
-                self.model.train(mode)
                 for n, v in kept.items():
                     setattr(self, n, v)
 
@@ -240,9 +246,7 @@ def facts(config, learn, precision, threads):
         "size": dls.store.size,
         "images": {name: len(dl.dataset) for name, dl in sets.items()},
         "classes": list(dls.vocab),
-        "chosen_on": "valid"
-        if config.valid_pct or len(dls.valid.dataset.items) != len(dls.test.dataset.items)
-        else "test",
+        "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
         "data_fingerprint": dls.store.fingerprint(),
         "params": sum(p.numel() for p in learn.model.parameters()),
     }

@@ -129,7 +129,8 @@ class Run:
 
 def name_of(config):
     """The default name of a run: data, what varies, seed."""
-    return f"{Path(config.data).name.split('.')[0] or 'data'}-{config.schedule}-s{config.seed}"
+    data = Path(config.data).expanduser().resolve().name.split(".")[0] or "data"
+    return f"{data}-{config.schedule}-s{config.seed}"
 
 
 def start(config, **facts):

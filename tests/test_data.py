@@ -215,6 +215,7 @@ MODES = {  # name: (how it is saved, what mean it must have in 0..255)
     "palette.gif": (lambda a: Image.fromarray(a[:, :, 0] // 4 * 4), "first"),
     "cmyk.jpg": (lambda a: Image.fromarray(a).convert("CMYK"), None),
     "deep.png": (lambda a: Image.fromarray(a[:, :, 0].astype(np.uint16) * 257), "first"),
+    "dark.png": (lambda a: Image.fromarray(a[:, :, 0].astype(np.uint16)), "first"),  # 16 bits, none used
     "float.tif": (lambda a: Image.fromarray(a[:, :, 0].astype(np.float32) / 255), "first"),
     "opaque.png": (lambda a: Image.fromarray(np.dstack([a, np.full(a.shape[:2], 255, np.uint8)])), None),
     "clear.png": (lambda a: Image.fromarray(np.dstack([a, np.zeros(a.shape[:2], np.uint8)])), "white"),
@@ -230,7 +231,8 @@ def test_every_mode_decodes_to_its_mean(tmp_path, name):
     mean = {
         None: array.mean(),
         "grey": np.asarray(image).mean(),
-        "first": np.asarray(image).astype(float).mean() / {"deep.png": 257, "float.tif": 1 / 255}.get(name, 1),
+        "first": np.asarray(image).astype(float).mean()
+        / {"deep.png": 257, "dark.png": 257, "float.tif": 1 / 255}.get(name, 1),
         "white": 255,
     }[expected]
     out = data.decode(tmp_path / name, 40)

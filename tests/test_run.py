@@ -38,7 +38,7 @@ def smoke(tmp_path_factory, cache):
     out, start = tmp_path_factory.mktemp("runs"), time.perf_counter()
     command = [sys.executable, "train_fastai.py", "--smoke", "--out", out, "--cache", cache]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     return out / "digits-plateau-s0", done.stdout, time.perf_counter() - start
 
 
@@ -204,6 +204,12 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="No space left"):
         runs.write(tmp_path / "a", "new, and longer")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_bad_data_is_one_line_on_stderr_of_the_whole_process(tmp_path):
+    command = [sys.executable, "train_fastai.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "runs"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr and done.stdout == ""
 
 
 @pytest.mark.slow
