@@ -21,7 +21,7 @@ def main(argv=None):
                 return status
         return 0
     except settings.BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", *str(e).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what the run had finished stands in its folder", file=sys.stderr)
@@ -41,7 +41,8 @@ def train(config):
     learn = learner.build(config, dls, model, precision)
     facts = learner.facts(config, learn, precision, threads)
     if config.dry_run:
-        print(learner.banner(config, facts, "nothing: dry run"))
+        print(*(f"{name}: {value}" for name, value in config.to_dict().items()), sep="\n")
+        print(learner.banner(config, facts, "nothing is written: dry run"))
         return 0
 
     run = runs.start(config, **facts)
@@ -59,6 +60,7 @@ def train(config):
     try:
         schedules.fit(learn, config, lr)
     except callbacks.Diverged as e:
+        progress.close()
         print(f"error: {e}", file=sys.stderr)
         return 3
 

@@ -122,5 +122,5 @@ def train_transforms(config, size, fill):
     if config.flip:
         transforms.append(A.HorizontalFlip(p=0.5))
     if config.cutout:
-        transforms.append(Cutout(scaled(config.cutout), tuple(fill)))
+        transforms.append(Cutout(max(scaled(config.cutout), 1), tuple(fill)))
     return transforms

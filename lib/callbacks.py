@@ -8,6 +8,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from safetensors.torch import save as to_safetensors
+from tqdm import tqdm
 
 from lib.config import OneLine
 from lib.schedules import Plateau
@@ -37,14 +38,15 @@ class EpochRecorder(Callback):
 
     def before_train(self):
         hypers = self.opt.hypers[0]
+        self.dl.epoch = self.learn.epochs_trained
         self.now = {
             "epoch": self.epoch + 1,
             "seconds": None,
             "lr": hypers["lr"],
             "momentum": hypers["mom"],
-            "batch_size": self.dls.train.bs,
+            "batch_size": getattr(self.dl, "bs", None) or self.dl.batch_size,
         }
-        self.loss_sum, self.correct, self.n = 0.0, 0, 0
+        self.loss_sum, self.correct, self.n, self.n_batches = 0.0, 0, 0, len(self.dl)
 
     def after_batch(self):
         if not self.training:
@@ -76,11 +78,18 @@ class EpochRecorder(Callback):
         self.check()
         if self.n:
             self.now |= {"train_loss": self.loss_sum / self.n, "train_acc": self.correct / self.n}
+        self.learn.epochs_trained += 1
 
     def record_evaluation(self, name, loss, acc):
         self.now |= {f"{name}_loss": loss, f"{name}_acc": acc}
 
     def after_epoch(self):
+        for name, value in self.now.items():
+            if name.endswith("_loss") and not math.isfinite(value):  # what the epoch's last step did
+                raise Diverged(
+                    f"{name} is {value} after epoch {self.epoch + 1}, batch {self.n_batches}, lr {self.now['lr']:.3g}; "
+                    f"try a smaller --lr, such as {self.now['lr'] / 10:.1g}"
+                )
         self.now["seconds"] = time.perf_counter() - self.start
         self.rows.append(self.now)
 
@@ -129,6 +138,9 @@ class ReduceLROnPlateau(Callback):
         self.plateau = Plateau(**self.options)
 
     def before_fit(self):
+        self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")  # as fastai's trackers
+        if not self.run:
+            return
         owners = [cb for cb in self.learn.cbs if isinstance(cb, (ParamScheduler, ReduceLROnPlateau))]
         if len(owners) > 1:
             raise ValueError("two owners of the learning rate: " + " and ".join(type(cb).__name__ for cb in owners))
@@ -192,8 +204,6 @@ class Progress(Callback):
         self.bar, self.on_epoch = bar, on_epoch
 
     def before_train(self):
-        from tqdm import tqdm
-
         self.tqdm = tqdm(
             total=len(self.dls.train),
             desc=f"epoch {self.epoch + 1}/{self.n_epoch}",
@@ -209,11 +219,13 @@ class Progress(Callback):
             if not self.recorder.pending:
                 self.tqdm.set_postfix(loss=f"{self.recorder.latest:.3f}", lr=f"{self.opt.hypers[0]['lr']:.3g}")
 
-    def after_cancel_train(self):
-        self.tqdm.close()
-
     def after_train(self):
-        self.tqdm.close()
+        self.close()
+
+    def close(self):
+        """Takes the bar off the screen."""
+        if hasattr(self, "tqdm"):
+            self.tqdm.close()
 
     def after_epoch(self):
         rows = self.recorder.rows

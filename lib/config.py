@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 
 SUGGESTIONS = ("valley", "steep", "minimum", "slide")
@@ -49,8 +50,8 @@ class Config:
 
     data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive (.tgz .tar.gz .tar .zip) of one")
     schedule: str = option("plateau", "what drives the learning rate", choices=SCHEDULES)
-    seeds: tuple = option((0,), "one run for each: weights, order and augmentation follow from it", low=0, kind=int)
-    split_seed: int = option(0, "seed of the train/valid/test split, where the data does not come split", low=0)
+    seeds: tuple = option((0,), "one run for each: weights, order and augmentation", low=0, high=2**32 - 1, kind=int)
+    split_seed: int = option(0, "seed of the split, where the data does not come split", low=0, high=2**32 - 1)
     epochs: int = option(None, "passes over the training images (50; digits 30)", kind=int, low=1)
     batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
     model: str = option(None, "network (medium; digits small)", choices=MODELS, kind=str)
@@ -69,7 +70,7 @@ class Config:
         "find", "learning rate: a number, or find (range test)", choices=("find",), kind=float, low=1e-12
     )
     lr_suggest: str = option("steep", "which suggestion of the range test is used", choices=SUGGESTIONS)
-    lr_iters: int = option(100, "batches of the range test", low=10)
+    lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
     label_smoothing: float = option(0.0, "label smoothing of the training loss", low=0, high=0.99)
@@ -111,6 +112,8 @@ class Config:
             if value is None and f.name in own:
                 value = own[f.name]
             object.__setattr__(self, f.name, check(f, value))
+        if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
+            raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
 
     @property
     def seed(self):
@@ -138,6 +141,8 @@ def check(f, value):
 
 
 def check_one(f, value):
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     m = f.metadata
     kind, choices, low, high = m["kind"], m["choices"], m["low"], m["high"]
     numeric = kind in (int, float)
@@ -154,10 +159,10 @@ def check_one(f, value):
     if numeric:
         try:
             number = kind(value)
+            if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
+                raise bad
         except (TypeError, ValueError, OverflowError):
             raise bad from None
-        if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
-            raise bad
         if (low is not None and number < low) or (high is not None and number > high):
             raise bad
         return number
@@ -221,7 +226,7 @@ def read_file(path):
     try:
         with open(path, encoding="utf-8") as f:
             found = yaml.safe_load(f) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise BadInput(f"--config {path}: cannot be read ({' '.join(str(e).split())})") from None
     if not isinstance(found, dict):
         raise BadInput(f"--config {path}: must hold 'setting: value' lines")
@@ -240,4 +245,4 @@ def parse(argv=None):
     flags = vars(parser().parse_args(argv))
     smoke = {"data": "digits", "epochs": 2} if flags.pop("smoke", False) else {}
     path = flags.pop("config", None)
-    return Config(**{**smoke, **(read_file(path) if path else {}), **flags})
+    return Config(**{**(read_file(path) if path else {}), **smoke, **flags})

@@ -6,6 +6,7 @@ import random
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from lib.augment import AlbumentationsTransform, order, train_transforms
 from lib.config import BadInput
@@ -29,7 +31,8 @@ ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
 RESIZE_RULE = (
-    "upright (EXIF), RGB, shorter side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
+    "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
+    "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
 TEST_PCT = 0.2  # of the images, where the data brings no test set
 
@@ -49,12 +52,13 @@ def cifar10(config):
 
     folder = cache_dir(config) / "cifar10"
     if not folder.is_dir():
-        archive, checks = fastai_cfg().path("archive") / "cifar10.tgz", checks_module(fastai.data)
+        where = Path(config.cache).expanduser() if config.cache else fastai_cfg().path("archive")
+        archive, checks = where / "cifar10.tgz", checks_module(fastai.data)
         if not (archive.exists() and check(checks, URLs.CIFAR, archive)):
             archive.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {URLs.CIFAR} to {archive}", flush=True)
             try:
-                download_url(URLs.CIFAR, archive, show_progress=sys.stdout.isatty())
+                download_url(URLs.CIFAR, archive, timeout=30, show_progress=sys.stdout.isatty())
             except Exception as e:  # urllib, ssl, socket and http each raise their own
                 raise BadInput(
                     f"--data cifar10: download from {URLs.CIFAR} failed ({one_line(e)}); without a network pass "
@@ -107,13 +111,11 @@ def root_folder(config):
 def enter(folder):
     """`folder`, or the single folder in it that holds all the class folders, as archives often have."""
     inside = visible(folder)
-    if (
-        len(inside) == 1
-        and inside[0].is_dir()
-        and inside[0].name != "train"
-        and any(p.is_dir() for p in inside[0].iterdir())
-    ):
-        return enter(inside[0])
+    folders = [p for p in inside if p.is_dir()]
+    images = any(p.suffix.lower() in EXTENSIONS for p in inside)
+    if len(folders) == 1 and not images and folders[0].name.lower() != "train":
+        if any(p.is_dir() for p in visible(folders[0])):
+            return enter(folders[0])
     return folder
 
 
@@ -154,16 +156,10 @@ def unpack(archive, folder):
                     refuse(
                         archive, [m.name for m in members], [m.name for m in members if not (m.isfile() or m.isdir())]
                     )
-                    t.extractall(part, filter="data")
-        except (
-            tarfile.TarError,
-            zipfile.BadZipFile,
-            EOFError,
-            ValueError,
-            RuntimeError,
-            NotImplementedError,
-            OSError,
-        ) as e:
+                    t.extractall(part, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        except BadInput:
+            raise
+        except Exception as e:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
             raise BadInput(
                 f"--data {archive}: cannot be unpacked ({one_line(e)}); is the file whole, and the disk not full?"
             ) from None
@@ -185,7 +181,7 @@ def one_line(e):
 
 
 def visible(folder):
-    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+    return sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))), key=lambda p: p.name)
 
 
 def scan(folder):
@@ -197,17 +193,16 @@ def scan(folder):
     for sub in visible(folder):
         if not sub.is_dir() or sub.is_symlink():
             continue
-        files = [
-            Path(at) / name
-            for at, _, names in os.walk(sub)
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+        files = []
+        for at, folders, names in os.walk(sub):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files += [Path(at, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
         if not files:
             raise BadInput(
                 f"{sub}: no images ({' '.join(EXTENSIONS)}); remove the folder, or put images of its class in it"
             )
-        found += [(path, sub.name) for path in sorted(files, key=lambda p: p.relative_to(folder).as_posix())]
+        label = unicodedata.normalize("NFC", sub.name)  # file systems differ in how they write é
+        found += [(path, label) for path in sorted(files, key=lambda p: p.relative_to(folder).as_posix())]
     return found
 
 
@@ -230,12 +225,13 @@ def find_images(root, valid_pct, split_seed):
     class folders, or `train/` alone, give 20% of each class to test. What is held out is stratified, by `split_seed`.
     """
     root = Path(root)
-    valids = [root / n for n in VALID_NAMES if (root / n).is_dir()]
+    folders = {p.name.lower(): p for p in visible(root) if p.is_dir()}
+    valids = [folders[n] for n in VALID_NAMES if n in folders]
     if len(valids) > 1:
         raise BadInput(f"{root}: has both {valids[0].name}/ and {valids[1].name}/; keep one")
-    test = [root / "test"] if (root / "test").is_dir() else []
-    split = (root / "train").is_dir()
-    train = scan(root / "train" if split else root)
+    test = [folders["test"]] if "test" in folders else []
+    split = "train" in folders
+    train = scan(folders.get("train", root))
     if not train:
         raise BadInput(f"{root}: no images in class folders; expected <class>/<image>, or train/<class>/<image>")
     sets = [scan(s) for s in (valids + test if split else [])]
@@ -310,12 +306,18 @@ class Store:
         threads=None,  # decoding threads; None: one a core
     ):
         self.paths, self.size = list(paths), size
+        Image.MAX_IMAGE_PIXELS = None  # Pillow would warn before `decode` refuses
         self.names = [Path(os.path.relpath(p, root)).as_posix() for p in self.paths]
         self.index = {p: i for i, p in enumerate(self.paths)}
         pool = ThreadPoolExecutor(threads or os.cpu_count())
+        bar = tqdm(total=len(self.paths), desc="reading", unit="image", leave=False, disable=not sys.stderr.isatty())
+        images = []
         try:
-            images = list(pool.map(lambda p: decode(p, size), self.paths))
+            for image in pool.map(lambda p: decode(p, size), self.paths):
+                images.append(image)
+                bar.update()
         finally:
+            bar.close()
             pool.shutdown(cancel_futures=True)  # the first file that cannot be read ends it
         self.shapes = [i.shape for i in images]
         self.offsets = np.cumsum([0] + [i.size for i in images])
@@ -446,7 +448,7 @@ def get_dls(config, device="cpu"):
         root,
         path=root,
         bs=config.batch_size,
-        val_bs=500,
+        val_bs=max(1, min(500, 500 * 64**2 // size**2)),
         drop_last=False,
         num_workers=workers,
         device=torch.device(device),

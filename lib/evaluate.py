@@ -7,7 +7,7 @@ import torch
 
 from lib import gradcam, plots
 from lib.data import centre
-from lib.runs import write_csv, write_figure, write_json
+from lib.runs import write_csv, write_figure, write_json, write_table
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 
@@ -140,17 +140,17 @@ def report(learn, config, run, rows, best):
     """Summary, confusion, mistakes and figures of the kept weights (`best`: a KeepBest), evaluated once in float32."""
     learn.model.load_state_dict(best.state)
     valid, test = outcome(learn, learn.dls.valid), outcome(learn, learn.dls.test)
-    classes, name = list(learn.dls.vocab), run.path.name
+    classes, run_name = list(learn.dls.vocab), run.path.name
     summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt)
     write_json(run / "summary.json", summary)
 
     chosen_on = run.env["chosen_on"]
-    title = f"{name}: {summary['test_acc']:.2%} of the test images right"
+    title = f"{run_name}: {summary['test_acc']:.2%} of the test images right"
     write_figure(run / "results.png", plots.results(rows, title, config.target, best.epoch_number, chosen_on))
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (test[0], test[1].argmax(1)), 1)
-    table = [{"truth": c, **dict(zip(classes, row.tolist()))} for c, row in zip(classes, counts)]
-    write_csv(run / "confusion_matrix.csv", table)
+    table = [[name, *row] for name, row in zip(classes, counts.tolist())]
+    write_table(run / "confusion_matrix.csv", ["truth", *classes], table)
     noted = "" if chosen_on == "valid" else ", which also chose the weights"
     write_figure(
         run / "confusion_matrix.png",
@@ -162,7 +162,7 @@ def report(learn, config, run, rows, best):
     top = wrong[: config.gallery]
     if top:
         which = "All" if len(top) == len(wrong) else "The worst"
-        heading = f"{name}: {which} {len(top)} of {len(wrong)} mistakes on {test[0].size:,} test images{noted}"
+        heading = f"{run_name}: {which} {len(top)} of {len(wrong)} mistakes on {test[0].size:,} test images{noted}"
         write_figure(run / "gradcam.png", plots.gradcam(*explain(learn, top), top, heading))
     print(closing(config, summary, len(top), run.path), flush=True)
 

@@ -10,7 +10,7 @@ def maps(
     model,  # network: images -> logits (n, classes)
     layer,  # the module of `model` whose output is read; its map should be at least 4 x 4
     images,  # (n, channels, h, w) float tensor, normalised as for the network
-    targets,  # n class numbers: the class that each map explains
+    targets,  # n class numbers (or grad-cam targets): what each map explains
     batch_size=64,  # images at a time
 ):
     """Where the network saw the target class in each image: (n, h, w) float32 array in 0..1.
@@ -37,6 +37,6 @@ def maps(
     images, found = torch.as_tensor(images).as_subclass(torch.Tensor).detach().float(), []
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         for at in range(0, len(images), batch_size):
-            wanted = [ClassifierOutputTarget(int(t)) for t in targets[at : at + batch_size]]
+            wanted = [t if callable(t) else ClassifierOutputTarget(int(t)) for t in targets[at : at + batch_size]]
             found.append(cam(images[at : at + batch_size], wanted))
     return np.concatenate(found).clip(0, 1).astype(np.float32)

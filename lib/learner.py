@@ -9,6 +9,7 @@ from fastai.callback.core import CancelValidException, TrainEvalCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
+from fastcore.foundation import L
 from torch import nn
 
 from lib.callbacks import EpochRecorder
@@ -63,6 +64,7 @@ class SGDLearner(Learner):
     ):
         loss_func = loss_func or CrossEntropyLossFlat()
         self.dtype, self.scaler = DTYPES[precision], None
+        self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
         model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         super().__init__(
@@ -138,6 +140,7 @@ class SGDLearner(Learner):
     @torch.no_grad()
     def logits(self, dl, float32=True):
         """Yields (images, logits in float32, targets or None) for each batch of `dl`, the model in eval mode."""
+        epoch = getattr(dl, "epoch", None)
         with kept_modes(self.model):
             self.model.eval()
             for b in dl:
@@ -145,28 +148,36 @@ class SGDLearner(Learner):
                 with self.autocast() if not float32 else torch.autocast(x.device.type, enabled=False):
                     logits = self.model(x).float()
                 yield x, logits, y[0] if y else None
+        if epoch is not None:
+            dl.epoch = epoch
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         """(loss, accuracy) on a loader, by default valid. Unlike fastai's it touches no record and no callback."""
         return self.loss_and_accuracy(dl if dl is not None else self.dls[ds_idx])
 
-    @contextmanager
     def validation_context(self, cbs=None, inner=False):
         """As fastai's, without a `before_fit` for callbacks that are in the middle of one; state is restored after."""
+        context = super().validation_context(cbs, inner=True)
+        context.default = L(self.undisturbed()) + context.default
+        return context
+
+    @contextmanager
+    def undisturbed(self):
+        """Puts modes, callbacks and the state of the loop back as they were; inside, no callback but fastai's own."""
         names = ("training", "epoch", "iter", "n_iter", "dl", "xb", "yb", "pred", "loss")
         kept = {n: getattr(self, n) for n in names if hasattr(self, n)}
         others = [cb for cb in self.cbs if not isinstance(cb, TrainEvalCallback)]
-        with kept_modes(self.model), self.removed_cbs(others), super().validation_context(cbs, inner=True):
+        with kept_modes(self.model), self.removed_cbs(others):
             try:
                 yield
             finally:
                 for n, v in kept.items():
                     setattr(self, n, v)
 
-    def fit(self, n_epoch, lr=None, **kwargs):
+    def fit(self, n_epoch, lr=None, wd=None, **kwargs):
         """Trains `n_epoch` epochs; `learn.recorder.rows` starts anew. Raises Diverged on a non-finite loss."""
         self.recorder.reset()
-        super().fit(n_epoch, lr, **kwargs)
+        super().fit(n_epoch, lr, [wd, 0.0] if isinstance(wd, (int, float)) else wd, **kwargs)
 
     def probe(self):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
@@ -178,11 +189,11 @@ class SGDLearner(Learner):
         twin.training = True
         return twin
 
-    def lr_find(self, start_lr=1e-5, end_lr=10, num_it=100, **kwargs):
-        """The LR range test: see `lr_range.find`."""
+    def lr_find(self, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, **fastais):
+        """The LR range test: see `lr_range.find`. fastai's `suggest_funcs` and `show_plot` are taken and not needed."""
         from lib import lr_range
 
-        return lr_range.find(self, start_lr, end_lr, num_it, **kwargs)
+        return lr_range.find(self, start_lr, end_lr, num_it, stop_div)
 
 
 def pick_device(config):
@@ -193,6 +204,8 @@ def pick_device(config):
         )
     try:
         device = torch.device(config.device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -229,8 +242,12 @@ def set_threads(config):
 
 
 def seed_everything(seed):
-    """Seeds torch's generators: weights and dropout. Order and augmentation need no state (`augment`)."""
+    """Seeds torch's generators: weights and dropout. Order and augmentation need no state (`augment`).
+
+    Holds cuDNN to algorithms that repeat themselves to the bit.
+    """
     torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def facts(config, learn, precision, threads):

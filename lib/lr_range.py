@@ -46,6 +46,8 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True):
     One batch for each of `num_it` rates in geometric progression from `start_lr` to `end_lr`, in the order and with the
     augmentation of the epochs to come. Ends early where the loss diverges. Raises BadInput where the loss never falls.
     """
+    if num_it < 10:
+        raise ValueError(f"a range test needs at least 10 batches, not {num_it}")
     lrs, losses, epochs = run(learn, np.geomspace(start_lr, end_lr, num_it), stop_div)
     smooth = smoothed(losses, num_it * SMOOTHING)
     check_fall(losses, smooth)
@@ -57,7 +59,7 @@ def run(learn, lrs, stop_div=True):
     dl, losses, epochs, best = learn.dls.train, [], 0, math.inf
     if len(dl) == 0:
         raise BadInput("the range test needs at least one training batch")
-    epoch = getattr(dl, "epoch", None)
+    epoch, dl.epoch = getattr(dl, "epoch", None), learn.epochs_trained
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(cuda):
         probe = learn.probe()
@@ -74,8 +76,7 @@ def run(learn, lrs, stop_div=True):
                     if len(losses) == len(lrs) or (stop_div and not recent <= DIVERGED * best):
                         return np.asarray(lrs[: len(losses)]), np.array(losses), epochs
         finally:
-            if epoch is not None:
-                dl.epoch = epoch
+            dl.epoch = epoch
 
 
 def smoothed(losses, width):

@@ -63,8 +63,9 @@ def results(
         )
     top.set(
         ylabel="accuracy",
-        title=title + ("\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""),
     )
+    noted = "\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""
+    top.set_title(title + noted, parse_math=False)
     middle.set(ylabel="loss (cross-entropy)", ylim=(0, None))
     bottom.semilogy(epochs, [r["lr"] for r in rows], color=GREEN, drawstyle="steps-mid")
     bottom.set(ylabel="learning rate", xlabel="epoch")
@@ -101,9 +102,9 @@ def lr_find(
     ax.set(
         xlabel="learning rate",
         ylabel="training loss",
-        title=title,
         ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)),
     )
+    ax.set_title(title, parse_math=False)
     plain(ax).legend()
     return figure
 
@@ -143,7 +144,8 @@ def confusion_matrix(
         parse_math=False,
     )
     ax.set_yticks(range(0, n, step), names[::step], parse_math=False)
-    ax.set(xlabel="prediction", ylabel="truth", title=title)
+    ax.set(xlabel="prediction", ylabel="truth")
+    ax.set_title(title, parse_math=False)
     return figure
 
 
@@ -161,7 +163,7 @@ def train_batch(
     for ax, image, label in zip(grid.flat, images, labels):
         ax.imshow(image, interpolation="nearest")
         ax.set_title(short(label), fontsize=11, parse_math=False)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -193,7 +195,7 @@ def gradcam(
                 ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
             ax.set_title(short(name), fontsize=11.5, parse_math=False)
             ax.axis("off")
-    figure.suptitle(title, fontsize=17)
+    figure.suptitle(title, fontsize=17, parse_math=False)
     return figure
 
 

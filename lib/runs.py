@@ -24,7 +24,7 @@ def write(path, content):
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(part, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -45,10 +45,14 @@ def write_json(path, value):
 
 def write_csv(path, rows, columns=None):
     """Writes a list of dicts that share their keys; `columns` where there may be none."""
+    columns = columns or list(rows[0])
+    write_table(path, columns, [[row[c] for c in columns] for row in rows])
+
+
+def write_table(path, header, rows):
+    """Writes a header and lists of values as CSV."""
     text = io.StringIO()
-    out = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-    out.writeheader()
-    out.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write(path, text.getvalue())
 
 
@@ -136,8 +140,6 @@ def name_of(config):
 def start(config, **facts):
     """A new run folder under `config.out` (-2, -3 … behind a name that is taken) with args.yaml and env.json in it."""
     name = config.name or name_of(config)
-    if Path(name).name != name or name.startswith("."):
-        raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {name!r}")
     for i in range(1, 10_000):
         path = Path(config.out).expanduser() / (name if i == 1 else f"{name}-{i}")
         try:

@@ -88,7 +88,7 @@ def fit(learn, config, lr):
 def trace(config, steps_per_epoch, values=None):
     """Learning rate and momentum at each step of a fit under `config`: (epochs * steps_per_epoch, 2) array.
 
-    `values` are the monitored values, one an epoch; without them every epoch improves. `config.lr` must be a number.
+    `values` are the monitored values, one an epoch; without them no epoch is looked at. `config.lr` must be a number.
     The schedule's own callback runs, on an optimizer that moves nothing.
     """
     if not isinstance(config.lr, float):
@@ -98,7 +98,6 @@ def trace(config, steps_per_epoch, values=None):
     owner = SCHEDULES[config.schedule](config, config.lr)
     learn = SimpleNamespace(opt=opt, recorder=recorder, cbs=[owner], n_epoch=config.epochs, training=True, epoch=0)
     owner.learn = learn
-    worsening = -1.0 if config.monitor.endswith("loss") else 1.0
     rows = []
     call = lambda event: getattr(owner, event, lambda: None)()
     call("before_fit")
@@ -108,8 +107,9 @@ def trace(config, steps_per_epoch, values=None):
             call("before_batch")
             rows.append((opt.hypers[0]["lr"], opt.hypers[0]["mom"]))
             call("after_batch")
-        recorder.values.append([worsening * learn.epoch if values is None else values[learn.epoch]])
-        call("after_epoch")
+        if values is not None:
+            recorder.values.append([values[learn.epoch]])
+            call("after_epoch")
     call("after_fit")
     return np.array(rows).reshape(-1, 2)
 

@@ -86,6 +86,7 @@ def test_hidden_files_and_linked_folders_are_passed_over(tmp_path):
     root = tree(tmp_path / "data", {"": {"a": 9, "b": 9}})
     (root / "a" / ".hidden.png").write_bytes(b"")
     (root / "a" / "notes.txt").write_text("")
+    save(root / "a" / ".thumbnails" / "x.png", picture(RNG, 0))
     (root / ".cache").mkdir()
     (root / "loop").symlink_to(root)
     assert sum(map(len, data.find_images(root, 0.1, 0))) == 18
@@ -138,6 +139,26 @@ def evil(kind):
     if kind == "link":
         member.type, member.linkname = tarfile.SYMTYPE, "/etc"
     return member
+
+
+def test_a_damaged_zip_is_refused_whole(tmp_path, parse):
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a/0.png", bytes(picture(RNG, 0)))
+    content = bytearray(archive.read_bytes())
+    content[60:90] = b"\xff" * 30
+    archive.write_bytes(content)
+    with pytest.raises(BadInput, match="x.zip: cannot be unpacked"):
+        data.root_folder(parse("--data", archive, "--cache", tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_class_names_are_compared_in_one_form(tmp_path):
+    root = tree(tmp_path, {"Train": {"caf\u00e9": 9, "b": 9}, "Val": {"cafe\u0301": 3, "b": 3}})
+    (root / "LICENSE").write_text("")
+    train, _, test = data.find_images(root, 0.1, 0)
+    assert {c for _, c in train} == {c for _, c in test} == {"caf\u00e9", "b"}
+    assert data.enter(tmp_path.parent / tmp_path.name) == tmp_path
 
 
 @pytest.mark.parametrize("kind", ["up", "absolute", "link", "damaged"])

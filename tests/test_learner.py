@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fastai.interpret import ClassificationInterpretation
 from torch.nn import functional as F
 
 from lib import callbacks, learner, models
@@ -86,7 +87,10 @@ def test_evaluation_equals_plain_torch_and_changes_nothing(make):
     loss, acc = learn.validate(2)
     logits, y = zip(*[(z, y) for _, z, y in learn.logits(learn.dls.test)])
     learn.get_preds()
+    ours = learn.validate(0)
+    theirs = ClassificationInterpretation.from_learner(learn, dl=learn.dls.test).top_losses()[0]
     assert state_of(learn) == before
+    assert ours == learn.validate(0) and theirs.mean().item() == pytest.approx(loss, rel=1e-5)
     z, y = torch.cat(logits), torch.cat(y)
     assert loss == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
     assert acc == (z.argmax(1) == y).float().mean().item() == pytest.approx(learn.recorder.rows[-1]["test_acc"])
@@ -97,7 +101,8 @@ def test_a_fit_with_looks_equals_a_fit_without(make):
         order = 90
 
         def after_epoch(self):
-            self.learn.validate(1), self.learn.get_preds(), self.learn.lr_find(num_it=20)
+            self.learn.validate(0), self.learn.validate(1), self.learn.get_preds(), list(self.dls.train)
+            self.learn.get_preds(with_loss=True), self.learn.lr_find(num_it=20)
 
     def run(cbs):
         _, learn = make()
@@ -120,6 +125,21 @@ def test_a_loss_that_is_not_finite_stops_loudly(make, at):
     with pytest.raises(Diverged, match=f"nan at epoch 2, batch {at}, lr 0.05"):
         learn.fit(3, 0.05, cbs=[Poison(), callbacks.KeepBest(kept.append)])
     assert len(learn.recorder.rows) == len(kept) == 1
+
+
+def test_a_last_step_that_spoils_the_weights_keeps_nothing(make):
+    """One batch an epoch: its loss is fine, the weights after its step are not."""
+    _, learn = make("-b", 500)
+    kept = []
+    with pytest.raises(Diverged, match="_loss is (nan|inf) after epoch 1"):
+        learn.fit(1, 1e30, cbs=callbacks.KeepBest(kept.append))
+    assert kept == []
+
+
+def test_weight_decay_given_to_fit_spares_norms_and_biases(make):
+    _, learn = make()
+    learn.fit(1, 0.01, 0.3)
+    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == [0.3, 0.0]
 
 
 def test_long_epochs_are_checked_on_the_way(make, monkeypatch):

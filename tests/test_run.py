@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lib import runs
+from lib import data, runs
 from lib.config import BadInput, Config
 from tests.conftest import save
 from train_fastai import main
@@ -36,7 +36,7 @@ def rows_of(path):
 def smoke(tmp_path_factory, cache):
     """(run folder, stdout, seconds) of `train_fastai.py --smoke` as a process of its own."""
     out, start = tmp_path_factory.mktemp("runs"), time.perf_counter()
-    command = [sys.executable, "train_fastai.py", "--smoke", "--out", out, "--cache", cache]
+    command = [sys.executable, "train_fastai.py", "--smoke", "--precision", "float32", "--out", out, "--cache", cache]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return out / "digits-plateau-s0", done.stdout, time.perf_counter() - start
@@ -91,7 +91,19 @@ def test_args_yaml_runs_it_again_with_the_same_result(smoke, tmp_path):
 def test_lr_find_equals_lr_x_to_the_bit(smoke, tmp_path, cache):
     run, _, _ = smoke
     lr = json.loads((run / "summary.json").read_text())["lr"]
-    argv = ["--smoke", "--lr", repr(lr), "--out", tmp_path, "--cache", cache, "--name", "told"]
+    argv = [
+        "--smoke",
+        "--precision",
+        "float32",
+        "--lr",
+        repr(lr),
+        "--out",
+        tmp_path,
+        "--cache",
+        cache,
+        "--name",
+        "told",
+    ]
     assert main([*map(str, argv)]) == 0
     assert (tmp_path / "told/weights/best.safetensors").read_bytes() == (run / "weights/best.safetensors").read_bytes()
     assert not (tmp_path / "told/lr_find.csv").exists()
@@ -108,14 +120,15 @@ def test_the_weights_reload_in_plain_torch(smoke):
     model = rebuild(card)
     model.load_state_dict(load_file(run / "weights/best.safetensors"))
     model.eval()
-    wrong = {row["file"]: row["prediction"] for row in rows_of(run / "mistakes.csv")}
     args = yaml.safe_load((run / "args.yaml").read_text())
-    root = Path(args["cache"]) / "digits"
-    mean, std = torch.tensor(card["mean"]).view(3, 1, 1), torch.tensor(card["std"]).view(3, 1, 1)
-    for name in list(wrong)[:20]:
-        image = Image.open(root / name).convert("RGB").resize((card["size"],) * 2, Image.Resampling.BICUBIC)
-        x = (torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 - mean) / std
-        assert card["classes"][model(x[None].float()).argmax()] == wrong[name]
+    _, _, test = data.find_images(Path(args["cache"]) / "digits", args["valid_pct"], args["split_seed"])
+    mean, std = (torch.tensor(card[k]).view(3, 1, 1) for k in ("mean", "std"))
+    right = 0
+    for path, name in test:
+        image = Image.open(path).convert("RGB").resize((card["size"],) * 2, Image.Resampling.BICUBIC)
+        x = (torch.tensor(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+        right += card["classes"][model(x[None]).argmax()] == name
+    assert right / len(test) == json.loads((run / "summary.json").read_text())["test_acc"]
     code = "import sys; from lib import models; assert 'fastai' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -183,7 +196,8 @@ def test_lr_find_only_and_dry_run(tmp_path, bands, cache, capsys):
         *map(str, ["--data", bands, "--size", 32, "--model", "small", "-b", 16, "--out", tmp_path, "--cache", cache])
     ]
     assert main([*argv, "--dry-run"]) == 0
-    assert list(tmp_path.iterdir()) == [] and "120" not in capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and "88 train, 8 valid, 24 test" in out and "momentum: 0.9" in out
     assert main([*argv, "--lr-find-only", "--lr-iters", "40"]) == 0
     (run,) = tmp_path.iterdir()
     assert (run / "lr_find.png").exists() and not (run / "results.csv").exists()
