@@ -15,7 +15,7 @@ MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True}
 SOURCES = {
     "cifar10": {},
-    "digits": {"epochs": 30, "batch_size": 64, "model": "small", "flip": False},
+    "digits": {"epochs": 20, "batch_size": 64, "model": "small", "flip": False},
 }
 
 
@@ -52,7 +52,7 @@ class Config:
     schedule: str = option("plateau", "what drives the learning rate", choices=SCHEDULES)
     seeds: tuple = option((0,), "one run for each: weights, order and augmentation", low=0, high=2**32 - 1, kind=int)
     split_seed: int = option(0, "seed of the split, where the data does not come split", low=0, high=2**32 - 1)
-    epochs: int = option(None, "passes over the training images (50; digits 30)", kind=int, low=1)
+    epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
     batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
     model: str = option(None, "network (medium; digits small)", choices=MODELS, kind=str)
     size: object = option(
