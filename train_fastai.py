@@ -24,13 +24,13 @@ def main(argv=None):
         print("error:", *str(e).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what the run had finished stands in its folder", file=sys.stderr)
+        print("interrupted; --resume and the run folder go on from its last whole epoch", file=sys.stderr)
         return 130
 
 
 def train(config):
     """One run, from data to explained mistakes."""
-    from lib import callbacks, data, evaluate, learner, models, runs, schedules
+    from lib import callbacks, checkpoint, data, evaluate, learner, models, runs, schedules
 
     device = learner.pick_device(config)
     precision = learner.pick_precision(config, device)
@@ -45,18 +45,22 @@ def train(config):
         print(learner.banner(config, facts, "nothing is written: dry run"))
         return 0
 
-    run = runs.start(config, **facts)
+    run = runs.reopen(config, **facts) if config.resume else runs.start(config, **facts)
+    past = checkpoint.load(run / "weights/last.pt")
     print(learner.banner(config, facts, run.path))
-    evaluate.save_train_batch(learn, run)
-    lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
-    run.note(lr=lr)
-    if config.lr_find_only:
-        return 0
+    if past:
+        lr = run.env["lr"]
+    else:
+        evaluate.save_train_batch(learn, run)
+        lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
+        run.note(lr=lr)
+        if config.lr_find_only:
+            return 0
+        run.save_model_card(models.card(config.model, dls, data.RESIZE_RULE))
 
-    run.save_model_card(models.card(config.model, dls, data.RESIZE_RULE))
     best = callbacks.KeepBest(run.save_weights)
     progress = callbacks.Progress(config.progress, run.save_rows)
-    learn.add_cbs([best, progress])
+    learn.add_cbs([best, progress, checkpoint.Checkpoint(run / "weights/last.pt", past)])
     try:
         schedules.fit(learn, config, lr)
     except callbacks.Diverged as e:

@@ -36,6 +36,13 @@ class EpochRecorder(Callback):
     def reset(self):
         self.rows, self.start, self.pending = [], time.perf_counter(), []
 
+    def state_dict(self):
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state):
+        self.rows = list(state["rows"])
+        self.start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
+
     def before_train(self):
         hypers = self.opt.hypers[0]
         self.dl.epoch = self.learn.epochs_trained
@@ -189,6 +196,12 @@ class KeepBest(Callback):
             self.state = {k: v.detach().cpu().clone().contiguous() for k, v in self.model.state_dict().items()}
             if self.save:
                 self.save(to_safetensors(self.state))
+
+    def state_dict(self):
+        return {"best": self.best, "epoch_number": self.epoch_number, "state": self.state}
+
+    def load_state_dict(self, state):
+        self.best, self.epoch_number, self.state = tuple(state["best"]), state["epoch_number"], state["state"]
 
 
 class Progress(Callback):

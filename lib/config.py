@@ -3,14 +3,18 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = ("plateau",)
 MODELS = ("small", "medium", "large")
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
+# What may change when a run is resumed: nothing that changes its result.
+FREE = ("resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery")
 # A source carries its own defaults for the settings whose default below is None.
 COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True}
 SOURCES = {
@@ -32,6 +36,11 @@ class OneLine(Exception):
 
 class BadInput(OneLine):
     """An input or a setting that cannot be used (exit status 2)."""
+
+
+def one_line(e):
+    """An exception of a library as text for a `BadInput`."""
+    return " ".join(f"{type(e).__name__}: {e}".split())
 
 
 def option(default, help, *flags, choices=None, low=None, high=None, kind=None):
@@ -98,6 +107,7 @@ class Config:
     )
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
+    resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
     cache: str = option("", "folder for downloaded and unpacked data; default fastai's")
     target: float = option(0.88, "test accuracy whose first epoch and second the summary names", low=0, high=1)
     gallery: int = option(25, "mistakes explained in gradcam.png", low=0, high=100)
@@ -237,12 +247,35 @@ def read_file(path):
     return found
 
 
+def resumed(flags):
+    """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
+    run = Path(flags["resume"]).expanduser()
+    try:
+        env = json.loads((run / "env.json").read_text(encoding="utf-8"))
+        found = {"threads": env["threads"], "precision": env["precision"], "size": env["size"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"--resume {run}: is no run folder, or its env.json is damaged ({one_line(e)})") from None
+    kept = Config(**{**read_file(run / "args.yaml"), **found})
+    config = dataclasses.replace(kept, **flags)
+    for name, value in config.to_dict().items():
+        if name not in FREE and value != kept.to_dict()[name]:
+            raise BadInput(
+                f"{flag_of(name)}: {value} would change the result of {run}, which has {kept.to_dict()[name]}; "
+                "leave it out, or start a new run"
+            )
+    if config.epochs < kept.epochs:
+        raise BadInput(f"--epochs: {run} has {kept.epochs}; a resumed run may have more, not fewer")
+    return config
+
+
 def parse(argv=None):
     """The `Config` that a command line asks for; flags win over the file, the file over defaults.
 
     Raises BadInput (one line) for anything wrong that needs neither torch nor the data to be seen.
     """
     flags = vars(parser().parse_args(argv))
+    if flags.get("resume"):
+        return resumed(flags)
     smoke = {"data": "digits", "epochs": 2} if flags.pop("smoke", False) else {}
     path = flags.pop("config", None)
     return Config(**{**(read_file(path) if path else {}), **smoke, **flags})

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lib.augment import AlbumentationsTransform, order, train_transforms
-from lib.config import BadInput
+from lib.config import BadInput, one_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
@@ -171,10 +171,6 @@ def refuse(archive, names, specials):
     for name in names:
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
             raise BadInput(f"--data {archive}: member {name!r} points outside; the whole archive is refused")
-
-
-def one_line(e):
-    return " ".join(f"{type(e).__name__}: {e}".split())
 
 
 # --- what is train, valid and test -----------------------------------------------------------------------------------

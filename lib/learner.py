@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from fastai.callback.core import CancelValidException, TrainEvalCallback
+from fastai.callback.core import CancelEpochException, CancelValidException, TrainEvalCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
@@ -64,6 +64,7 @@ class SGDLearner(Learner):
     ):
         loss_func = loss_func or CrossEntropyLossFlat()
         self.dtype, self.scaler = DTYPES[precision], None
+        self.first_epoch = 0  # of the fit; more where a callback has put back the state of a fit that was cut short
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
         model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -113,6 +114,11 @@ class SGDLearner(Learner):
             self.scaler.update()
         else:
             self.opt.step()
+
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def _do_epoch(self):
         self._do_epoch_train()
@@ -177,6 +183,7 @@ class SGDLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, **kwargs):
         """Trains `n_epoch` epochs; `learn.recorder.rows` starts anew. Raises Diverged on a non-finite loss."""
         self.recorder.reset()
+        self.first_epoch = 0
         super().fit(n_epoch, lr, [wd, 0.0] if isinstance(wd, (int, float)) else wd, **kwargs)
 
     def probe(self):

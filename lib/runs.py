@@ -18,8 +18,8 @@ from lib.config import BadInput
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
 
 
-def write(path, content):
-    """Writes `content` (text or bytes) to `path`, whole or not at all."""
+def write(path, content, keep=None):
+    """Writes `content` (text or bytes) to `path`, whole or not at all; the file there is kept as `keep`."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -27,6 +27,8 @@ def write(path, content):
             f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
@@ -106,7 +108,7 @@ class Run:
 
     def __init__(self, path, config, env):
         self.path, self.env = path, env
-        write(path / "args.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": ""}, sort_keys=False))
         self.note()
 
     def __truediv__(self, name):
@@ -123,7 +125,7 @@ class Run:
 
     def save_model_card(self, card):
         """Writes weights/model.json, which rebuilds the network."""
-        (self / "weights").mkdir()
+        (self / "weights").mkdir(exist_ok=True)
         write_json(self / "weights/model.json", card)
 
     def save_weights(self, content):
@@ -151,3 +153,12 @@ def start(config, **facts):
         except OSError as e:
             raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
     return Run(path, config, {**environment(), **facts})
+
+
+def reopen(config, **facts):
+    """The run folder `config.resume`, to go on in it. Raises BadInput where its data was other data."""
+    path = Path(config.resume).expanduser()
+    env = json.loads((path / "env.json").read_text(encoding="utf-8"))
+    if env["data_fingerprint"] != facts["data_fingerprint"]:
+        raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
+    return Run(path, config, {**env, "resumed": [*env.get("resumed", []), environment()]})

@@ -1,0 +1,133 @@
+import csv
+import json
+import pickle
+
+import pytest
+import torch
+
+from lib import callbacks, checkpoint
+from train_fastai import main
+
+ARGS = "--size 32 --model small --epochs 4 --lr 0.05 -b 16 --patience-epochs 0 --threshold 0.5 --gallery 2".split()
+COMPARED = ("weights/best.safetensors", "mistakes.csv", "confusion_matrix.csv")
+
+
+def train(bands, out, name, *more):
+    return main(["--data", str(bands), "--out", str(out), "--name", name, *ARGS, *more])
+
+
+def results(run):
+    with open(run / "results.csv") as f:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
+
+
+def equal(a, b):
+    assert results(a) == results(b)
+    for name in COMPARED:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    states = [checkpoint.load(run / "weights/last.pt") for run in (a, b)]
+    for state in states:
+        for row in state["callbacks"]["recorder"]["rows"]:
+            row["seconds"] = 0
+    assert checkpoint.checksum(states[0]) == checkpoint.checksum(states[1])
+
+
+def stop_at(monkeypatch, epoch, batch):
+    """From here on a fit is interrupted at that epoch and batch, both counted from 0."""
+    after_batch = callbacks.EpochRecorder.after_batch
+
+    def stop(self):
+        if (self.epoch, self.iter) == (epoch, batch):
+            raise KeyboardInterrupt
+        after_batch(self)
+
+    monkeypatch.setattr(callbacks.EpochRecorder, "after_batch", stop)
+
+
+@pytest.fixture(scope="module")
+def whole(bands, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(bands, out, "run") == 0
+    assert len({row["lr"] for row in results(out / "run")}) > 1  # else the plateau's state would not be tested
+    return out / "run"
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 3])
+def test_an_interrupted_run_goes_on_and_ends_equal_to_the_bit(epoch, whole, bands, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as m:
+        stop_at(m, epoch, 1)
+        assert train(bands, tmp_path, "run") == 130
+    run = tmp_path / "run"
+    assert not (run / "summary.json").exists()
+    assert main(["--resume", str(run)]) == 0
+    equal(run, whole)
+    assert len(json.loads((run / "env.json").read_text())["resumed"]) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_finished_run_may_have_more_epochs(whole, bands, tmp_path):
+    assert train(bands, tmp_path, "run", "--epochs", "2") == 0
+    assert main(["--resume", str(tmp_path / "run"), "--epochs", "4"]) == 0
+    equal(tmp_path / "run", whole)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, bands, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as m:
+        stop_at(m, 3, 0)
+        assert train(bands, tmp_path, "run") == 130
+    last = tmp_path / "run/weights/last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 255
+    last.write_bytes(content)
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert "last.pt: cannot be read" in capsys.readouterr().err
+    equal(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: pickle.dumps(print)])
+def test_no_whole_checkpoint_is_one_line(damage, whole, bands, tmp_path, capsys):
+    assert train(bands, tmp_path, "run", "--epochs", "2") == 0
+    for file in (tmp_path / "run/weights").glob("last.pt*"):
+        file.write_bytes(damage(file.read_bytes()))
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "last.pt" in err
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--momentum", "0.5"], "--momentum: 0.5 would change the result"),
+        (["--seeds", "1"], "--seeds"),
+        (["--epochs", "1"], "--epochs"),
+        (["--data", "digits"], "--data digits: its images are not those"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(more, words, whole, cache, capsys):
+    content = (whole / "args.yaml").read_bytes()
+    assert main(["--resume", str(whole), "--cache", str(cache), *more]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+    assert (whole / "args.yaml").read_bytes() == content
+
+
+def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
+    assert main(["--resume", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_the_checkpoint_is_a_plain_state_dict_whose_every_value_is_under_its_checksum(whole):
+    plain = torch.load(whole / "weights/last.pt", weights_only=True)
+    assert plain["format"] == 1 and plain["epochs_trained"] == 4
+    found = plain.pop("checksum")
+    del plain["format"]
+    assert checkpoint.checksum(plain) == found
+    weight = plain["model"]["head.weight"]
+    weight[0, 0] += 1
+    assert checkpoint.checksum(plain) != found
+    weight[0, 0] -= 1
+    plain["callbacks"]["recorder"]["rows"][0]["lr"] *= 2
+    assert checkpoint.checksum(plain) != found
