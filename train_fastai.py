@@ -30,7 +30,7 @@ def main(argv=None):
 
 def train(config):
     """One run, from data to explained mistakes."""
-    from lib import callbacks, checkpoint, data, evaluate, learner, models, runs, schedules
+    from lib import callbacks, checkpoint, data, evaluate, learner, models, runs, schedules, store
 
     device = learner.pick_device(config)
     precision = learner.pick_precision(config, device)
@@ -56,7 +56,7 @@ def train(config):
         run.note(lr=lr)
         if config.lr_find_only:
             return 0
-        run.save_model_card(models.card(config.model, dls, data.RESIZE_RULE))
+        run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
 
     best = callbacks.KeepBest(run.save_weights)
     progress = callbacks.Progress(config.progress, run.save_rows)

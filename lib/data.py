@@ -5,11 +5,8 @@ import os
 import random
 import sys
 import tarfile
-import tempfile
 import unicodedata
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +17,16 @@ from fastai.data.external import URLs, fastai_cfg
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image
 
 from lib.augment import AlbumentationsTransform, order, train_transforms
 from lib.config import BadInput, one_line
+from lib.runs import whole_folder
+from lib.store import Store, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
-MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
-RESIZE_RULE = (
-    "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
-    "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
-)
 TEST_PCT = 0.2  # of the images, where the data brings no test set
 
 
@@ -119,27 +112,12 @@ def enter(folder):
     return folder
 
 
-@contextmanager
-def whole_folder(path):
-    """`with whole_folder(path) as part:` fill `part`; it becomes `path` if all goes well, and nothing otherwise.
-
-    A single root folder in `part` is left out.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        part = Path(temporary) / "root"
-        part.mkdir()
-        yield part
-        if not path.exists():
-            enter(part).rename(path)
-
-
 def unpack(archive, folder):
     """Unpacks `archive` into the new `folder`.
 
     Raises BadInput, with nothing left behind, on a damaged archive or a member that is not a plain file or folder.
     """
-    with whole_folder(folder) as part:
+    with whole_folder(folder, enter) as part:
         try:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as z:
@@ -252,95 +230,7 @@ def find_images(root, valid_pct, split_seed):
     return train, valid, held
 
 
-# --- images in memory ------------------------------------------------------------------------------------------------
-
-
-def decode(path, size):
-    """The image at `path` as (h, w, 3) uint8, its shorter side `size` pixels, upright (EXIF), 16 bits scaled to 8.
-
-    Raises BadInput naming the file where it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadInput(
-                    f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink or remove it"
-                )
-            image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):
-                image = from_deep(np.asarray(image), image.mode)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB")
-            if min(image.size) != size:
-                scale = size / min(image.size)
-                to = [max(round(side * scale), size) for side in image.size]
-                image = image.resize(to, Image.Resampling.BICUBIC)
-            return np.asarray(image)
-    except BadInput:
-        raise
-    except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
-        raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
-
-
-def from_deep(a, mode):
-    """16-bit and float grey levels as 8-bit. 16-bit modes say so; of others, levels up to 1 are shares of white."""
-    a = a.astype(np.float64)
-    top = 65535 if mode.startswith("I;16") or a.max() > 255 else 255 if a.max() > 1 else 1
-    return Image.fromarray((a.clip(0, top) * (255 / top)).round().astype(np.uint8))
-
-
-class Store:
-    """Decoded images, one after another in one uint8 buffer; `store[i]` is a (h, w, 3) view of image i."""
-
-    def __init__(
-        self,
-        paths,  # image files
-        size,  # shorter side, in pixels
-        root=Path(),  # folder that `names` are relative to
-        threads=None,  # decoding threads; None: one a core
-    ):
-        self.paths, self.size = list(paths), size
-        Image.MAX_IMAGE_PIXELS = None  # Pillow would warn before `decode` refuses
-        self.names = [Path(os.path.relpath(p, root)).as_posix() for p in self.paths]
-        self.index = {p: i for i, p in enumerate(self.paths)}
-        pool = ThreadPoolExecutor(threads or os.cpu_count())
-        bar = tqdm(total=len(self.paths), desc="reading", unit="image", leave=False, disable=not sys.stderr.isatty())
-        images = []
-        try:
-            for image in pool.map(lambda p: decode(p, size), self.paths):
-                images.append(image)
-                bar.update()
-        finally:
-            bar.close()
-            pool.shutdown(cancel_futures=True)  # the first file that cannot be read ends it
-        self.shapes = [i.shape for i in images]
-        self.offsets = np.cumsum([0] + [i.size for i in images])
-        self.data = np.concatenate([i.reshape(-1) for i in images]) if images else np.empty(0, np.uint8)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.data[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
-
-    def fingerprint(self):
-        """A hash of names, shapes and pixels: 16 hexadecimal digits."""
-        h = hashlib.blake2b(self.data, digest_size=8)
-        h.update(repr(list(zip(self.names, self.shapes))).encode())
-        return h.hexdigest()
-
-    def stats(self, ids):
-        """Mean and standard deviation a channel, in 0..1, over every pixel of images `ids`: two (3,) float arrays."""
-        counts = np.zeros((3, 256))
-        for i in ids:
-            pixels = self[i].reshape(-1, 3)
-            for c in range(3):
-                counts[c] += np.bincount(pixels[:, c], minlength=256)
-        share, level = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-        mean = share @ level
-        return mean, np.maximum(np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), 1e-3)
+# --- loaders ---------------------------------------------------------------------------------------------------------
 
 
 def centre(image, size):
@@ -419,7 +309,7 @@ def get_dls(config, device="cpu"):
             f"--data {config.data}: {one_line(e)}; make it readable, or pass another --data or --cache"
         ) from None
     items = train + (valid if valid is not test else []) + test
-    store = Store([p for p, _ in items], size, root)
+    store = Store([p for p, _ in items], size, root, cache=config.cache, spare=cache_dir(config))
     label, n = dict(items), len(train)
     splits = [list(range(n)), list(range(n, n + len(valid))), list(range(len(items) - len(test), len(items)))]
     mean, std = store.stats(splits[0])

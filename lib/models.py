@@ -4,22 +4,34 @@ from torch import nn
 
 
 class ConvPoolNorm(nn.Sequential):
-    """3 x 3 convolution, 2 x 2 max pooling where asked for, BatchNorm, ReLU.
+    """3 x 3 convolution, 2 x 2 max pooling where asked for, BatchNorm, SiLU.
 
     Pooling before the norm leaves it a quarter of the work (Jordan, arXiv 2404.00498).
     """
 
     def __init__(self, c_in, c_out, pool=False):
-        layers = [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers = [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.SiLU()]
         super().__init__(*layers[:1], *([nn.MaxPool2d(2)] if pool else []), *layers[1:])
 
 
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a function of all channels' means (Hu et al., arXiv 1709.01507)."""
+
+    def __init__(self, width, reduction=4):
+        super().__init__()
+        hidden = max(width // reduction, 1)
+        self.scale = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.scale(x.mean((2, 3)))[:, :, None, None]
+
+
 class Residual(nn.Module):
-    """x + f(x), f being `depth` convolutions of the same width (He et al., arXiv 1512.03385)."""
+    """x + f(x), f being `depth` convolutions of the same width (He et al., arXiv 1512.03385) and a SqueezeExcite."""
 
     def __init__(self, width, depth):
         super().__init__()
-        self.body = nn.Sequential(*[ConvPoolNorm(width, width) for _ in range(depth)])
+        self.body = nn.Sequential(*[ConvPoolNorm(width, width) for _ in range(depth)], SqueezeExcite(width))
 
     def forward(self, x):
         return x + self.body(x)
@@ -63,7 +75,7 @@ class SmallResNet(nn.Module):
 # name -> constructor(n_classes, **args), args; multiply-adds are those of a 32 x 32 image
 MODELS = {
     "small": (SmallResNet, dict(stem=8, widths=(16, 32, 64))),
-    "medium": (SmallResNet, dict(stem=16, widths=(24, 64, 128))),
+    "medium": (SmallResNet, dict(stem=16, widths=(48, 96, 256))),
     "large": (SmallResNet, dict(stem=24, widths=(64, 128, 256))),
 }
 

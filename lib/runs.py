@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,6 +65,18 @@ def write_figure(path, figure):
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)
     write(path, png.getvalue())
+
+
+@contextmanager
+def whole_folder(path, pick=lambda part: part):
+    """`with whole_folder(path) as part:` fill `part`; `pick(part)` becomes `path` if all goes well, or nothing does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        part = Path(temporary) / "root"
+        part.mkdir()
+        yield part
+        if not path.exists():
+            pick(part).rename(path)
 
 
 def commit():

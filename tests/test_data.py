@@ -11,7 +11,7 @@ import pytest
 from fastai.data.external import URLs, fastai_cfg
 from PIL import Image
 
-from lib import data
+from lib import data, store
 from lib.config import BadInput
 from tests.conftest import picture, save
 from train_fastai import main
@@ -256,7 +256,7 @@ def test_every_mode_decodes_to_its_mean(tmp_path, name):
         / {"deep.png": 257, "dark.png": 257, "float.tif": 1 / 255}.get(name, 1),
         "white": 255,
     }[expected]
-    out = data.decode(tmp_path / name, 40)
+    out = store.decode(tmp_path / name, 40)
     assert out.shape == (40, 40, 3) and out.dtype == np.uint8
     assert abs(out.mean() - mean) < 3
 
@@ -267,7 +267,7 @@ def test_exif_rotation_sizes_and_shapes(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
-    out = data.decode(tmp_path / "a.png", 10)
+    out = store.decode(tmp_path / "a.png", 10)
     assert out.shape == (30, 10, 3) and out[:10].mean() > 245 and out[-10:].mean() < 10
 
 
@@ -282,9 +282,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content, capsys):
 
 def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
     save(tmp_path / "big.png", np.zeros((200, 300), np.uint8))
-    monkeypatch.setattr(data, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(store, "MAX_PIXELS", 50_000)
     with pytest.raises(BadInput, match="300 x 200"):
-        data.decode(tmp_path / "big.png", 32)
+        store.decode(tmp_path / "big.png", 32)
 
 
 def test_statistics_are_those_of_the_training_images(make):

@@ -1,0 +1,256 @@
+"""Images: decoded once, kept as bytes in memory, or in a file mapped into memory."""
+
+import hashlib
+import json
+import os
+import struct
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from lib.config import BadInput, one_line
+from lib.runs import whole_folder
+
+MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
+RESIZE_RULE = (
+    "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
+    "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
+)
+CHUNK = 256  # images that are decoded, and lie in memory, together
+MEMORY_SHARE = 0.5  # of the memory that is left: images that need more are kept in a file
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode(path, size):
+    """The image at `path` as (h, w, 3) uint8, its shorter side `size` pixels, upright (EXIF), 16 bits scaled to 8.
+
+    Raises BadInput naming the file where it cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as f:
+            content = f.read()
+        image = quick(content, size)
+        if image is None:
+            image = by_pillow(content, path, size)
+        h, w = image.shape[:2]
+        if min(h, w) != size:
+            scale = size / min(h, w)
+            to = [max(round(side * scale), size) for side in (w, h)]
+            image = np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
+        return image
+    except BadInput:
+        raise
+    except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
+        raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
+
+
+def by_pillow(content, path, size):
+    with Image.open(BytesIO(content)) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise BadInput(
+                f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink or remove it"
+            )
+        image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = from_deep(np.asarray(image), image.mode)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.asarray(image.convert("RGB"))
+
+
+def quick(content, size):
+    """A small plain JPEG or PNG by OpenCV: the pixels that Pillow gives, in a fifth of its time. None: another kind.
+
+    Plain is 8 bits, grey or RGB, whole, nothing that says how to turn it or what is transparent in it.
+    """
+    if content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9"):
+        bits, h, w, channels = jpeg_header(content)
+        plain = channels in (1, 3) and min(h, w) < 2 * size  # Pillow decodes larger ones at a fraction
+        special = (b"Exif", b"Adobe", b"ICC_PROFILE")
+    elif content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 33:
+        w, h, bits, kind = struct.unpack_from(">IIBB", content, 16)
+        plain, special = kind in (0, 2), (b"tRNS", b"eXIf", b"acTL", b"iCCP", b"gAMA")
+    else:
+        return None
+    if not plain or bits != 8 or not 0 < h * w <= MAX_PIXELS or any(name in content for name in special):
+        return None
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def jpeg_header(content):
+    """(bits, height, width, channels) from the frame header of a JPEG; zeros where there is none."""
+    at = 2
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">BHHB", content, at + 4)
+        at += 2 + struct.unpack_from(">H", content, at + 2)[0]
+    return 0, 0, 0, 0
+
+
+def from_deep(a, mode):
+    """16-bit and float grey levels as 8-bit. 16-bit modes say so; of others, levels up to 1 are shares of white."""
+    a = a.astype(np.float64)
+    top = 65535 if mode.startswith("I;16") or a.max() > 255 else 255 if a.max() > 1 else 1
+    return Image.fromarray((a.clip(0, top) * (255 / top)).round().astype(np.uint8))
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Decoded images as uint8; `store[i]` is a (h, w, 3) view of image i.
+
+    They lie in memory, or, where `cache` is given or memory is short, in a file under the folder `cache` (by default
+    `spare`) that is mapped into memory. The file is named by the names, sizes and times of the images' files, so that
+    it is used again as long as these stay.
+    """
+
+    def __init__(
+        self,
+        paths,  # image files
+        size,  # shorter side, in pixels
+        root=Path(),  # folder that `names` are relative to
+        threads=None,  # decoding threads; None: one a core
+        cache=None,  # folder of the files; None: memory, where the images fit
+        spare=None,  # folder of the files where memory is short
+    ):
+        self.paths, self.size = list(paths), size
+        self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
+        self.index = {p: i for i, p in enumerate(self.paths)}
+        Image.MAX_IMAGE_PIXELS = None  # Pillow would warn before `decode` refuses
+        cv2.setNumThreads(0)
+        threads = threads or os.cpu_count()
+        if not cache and not self.fits():
+            cache = spare
+        if not cache:
+            self.shapes, chunks, self.hash = self.read(threads)
+            self.lay_out(chunks)
+            return
+        self.folder = Path(cache) / f"images-{size}-{self.key()}"
+        if not self.folder.is_dir():
+            with whole_folder(self.folder) as part, open(part / "pixels", "wb") as f:
+                shapes, _, fingerprint = self.read(threads, f)
+                np.save(part / "shapes.npy", shapes)
+                (part / "fingerprint.json").write_text(json.dumps(fingerprint))
+        self.shapes = np.load(self.folder / "shapes.npy")
+        self.hash = json.loads((self.folder / "fingerprint.json").read_text())
+        self.open()
+
+    def read(self, threads, file=None):
+        """Decodes all images, a chunk a task: (shapes (n, 2), chunks of pixels, fingerprint), or pixels to `file`."""
+        chunks, shapes, digest = [], [], hashlib.blake2b(digest_size=8)
+        parts = [self.paths[i : i + CHUNK] for i in range(0, len(self.paths), CHUNK)]
+        pool, waiting = ThreadPoolExecutor(threads), deque()
+        bar = tqdm(total=len(self.paths), desc="reading", unit="image", leave=False, disable=not sys.stderr.isatty())
+        try:
+            while parts or waiting:
+                while parts and len(waiting) < 2 * threads:  # no more than this ahead of what is kept
+                    waiting.append(pool.submit(decode_all, parts.pop(0), self.size))
+                pixels, found = waiting.popleft().result()
+                digest.update(pixels)
+                shapes += found
+                chunks.append(file.write(pixels) and None if file else pixels)
+                bar.update(len(found))
+        finally:
+            bar.close()
+            pool.shutdown(cancel_futures=True)  # the first file that cannot be read ends it
+        digest.update(repr([(name, (*shape, 3)) for name, shape in zip(self.names, shapes)]).encode())
+        return np.array(shapes, np.int32).reshape(-1, 2), chunks, digest.hexdigest()
+
+    def lay_out(self, chunks):
+        """Sets where each image lies: in which chunk, from which byte."""
+        self.chunks = chunks
+        self.starts = np.zeros(len(self), np.int64)
+        sizes = self.shapes.astype(np.int64).prod(1) * 3
+        for at in range(0, len(self), CHUNK):
+            self.starts[at + 1 : at + CHUNK] = sizes[at : at + CHUNK][:-1].cumsum()
+
+    def open(self):
+        pixels = np.memmap(self.folder / "pixels", np.uint8, "r")
+        ends = np.cumsum([s.astype(np.int64).prod(1).sum() * 3 for s in self.by_chunk(self.shapes)])
+        self.lay_out(np.split(pixels, ends[:-1]))
+
+    @staticmethod
+    def by_chunk(items):
+        return [items[at : at + CHUNK] for at in range(0, len(items), CHUNK)]
+
+    def fits(self):
+        """Whether all images, at the mean size of some, take no more than MEMORY_SHARE of the memory that is left."""
+        left, some = memory_left(), self.paths[:: max(len(self.paths) // 16, 1)]
+        if left is None or len(self.paths) * self.size**2 * 3 * 8 < MEMORY_SHARE * left:  # nothing to look at
+            return True
+        return np.mean([decode(p, self.size).size for p in some]) * len(self.paths) <= MEMORY_SHARE * left
+
+    def key(self):
+        """A hash of what says that files are still the same: names, sizes, times of change."""
+        h = hashlib.blake2b(digest_size=8)
+        for path, name in zip(self.paths, self.names):
+            found = os.stat(path)
+            h.update(f"{name!r} {found.st_size} {found.st_mtime_ns}\n".encode())
+        return h.hexdigest()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        h, w = self.shapes[i]
+        start = self.starts[i]
+        return self.chunks[i // CHUNK][start : start + 3 * h * w].reshape(h, w, 3)
+
+    def __getstate__(self):
+        """Without what a worker process can map for itself."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("chunks", "starts") or not hasattr(self, "folder")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if hasattr(self, "folder"):
+            self.open()
+
+    def fingerprint(self):
+        """A hash of names, shapes and pixels: 16 hexadecimal digits."""
+        return self.hash
+
+    def stats(self, ids):
+        """Mean and standard deviation a channel, in 0..1, over every pixel of images `ids`: two (3,) float arrays."""
+        counts = np.zeros((3, 256))
+        for i in ids:
+            pixels = self[i].reshape(-1, 3)
+            for c in range(3):
+                counts[c] += np.bincount(pixels[:, c], minlength=256)
+        share, level = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+        mean = share @ level
+        return mean, np.maximum(np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), 1e-3)
+
+
+def decode_all(paths, size):
+    """(pixels, one image after another, and shapes (h, w)) of a chunk."""
+    images = [decode(path, size) for path in paths]
+    return np.concatenate([image.reshape(-1) for image in images]), [image.shape[:2] for image in images]
+
+
+def memory_left():
+    """Bytes that this process may still take, of the machine and of its control group (Linux); None: not known."""
+    left = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with suppress(OSError, ValueError, StopIteration):
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2].lstrip("/")
+        for folder in (Path("/sys/fs/cgroup", group), *Path("/sys/fs/cgroup", group).parents):
+            with suppress(OSError, ValueError, StopIteration):
+                most = int((folder / "memory.max").read_text())
+                lines = (folder / "memory.stat").read_text().splitlines()
+                left.append(most - int(next(line for line in lines if line.startswith("anon ")).split()[1]))
+    return max(min(left), 0) if left else None
