@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import sys
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -75,20 +76,28 @@ def quick(content, size):
     Plain is 8 bits, grey or RGB, whole, nothing that says how to turn it or what is transparent in it.
     """
     if content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9"):
-        bits, h, w, channels = jpeg_header(content)
+        bits, h, w, channels = jpeg_frame(content)
         plain = channels in (1, 3) and min(h, w) < 2 * size  # Pillow decodes larger ones at a fraction
-        special = (b"Exif", b"Adobe", b"ICC_PROFILE")
+        plain = plain and not any(name in content for name in (b"Exif", b"Adobe", b"ICC_PROFILE"))
     elif content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 33:
         w, h, bits, kind = struct.unpack_from(">IIBB", content, 16)
-        plain, special = kind in (0, 2), (b"tRNS", b"eXIf", b"acTL", b"iCCP", b"gAMA")
+        plain = kind in (0, 2) and png_chunks(content) <= {
+            b"IHDR",
+            b"IDAT",
+            b"IEND",
+            b"pHYs",
+            b"tEXt",
+            b"tIME",
+            b"sRGB",
+        }
     else:
         return None
-    if not plain or bits != 8 or not 0 < h * w <= MAX_PIXELS or any(name in content for name in special):
+    if not plain or bits != 8 or not 0 < h * w <= MAX_PIXELS:
         return None
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
-def jpeg_header(content):
+def jpeg_frame(content):
     """(bits, height, width, channels) from the frame header of a JPEG; zeros where there is none."""
     at = 2
     while at + 10 <= len(content) and content[at] == 0xFF:
@@ -97,6 +106,21 @@ def jpeg_header(content):
             return struct.unpack_from(">BHHB", content, at + 4)
         at += 2 + struct.unpack_from(">H", content, at + 2)[0]
     return 0, 0, 0, 0
+
+
+def png_chunks(content):
+    """The kinds of chunks in a PNG; with b"damaged" among them where one is not whole, which OpenCV may not mind."""
+    kinds, at = set(), 8
+    while at + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        body = memoryview(content)[at + 4 : at + 8 + length]
+        if content[at + 8 + length : at + 12 + length] != zlib.crc32(body).to_bytes(4, "big"):
+            break
+        kinds.add(kind)
+        at += 12 + length
+        if kind == b"IEND":
+            return kinds
+    return kinds | {b"damaged"}
 
 
 def from_deep(a, mode):

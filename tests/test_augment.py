@@ -43,6 +43,18 @@ def test_workers_do_not_change_the_data(make):
     assert batches(0, 0) == batches(0, 2) != batches(1, 2)
 
 
+def test_the_short_way_gives_what_compose_gives():
+    """Our own transforms and the flip run without A.Compose around them: same draws, same images."""
+    short, whole = pipeline(5), pipeline(5)
+    assert short.lean
+    whole.lean = False
+    tall = np.random.default_rng(1).integers(0, 256, (50, 37, 3), dtype=np.uint8)
+    for i in range(200):
+        for image in (IMAGE, tall):
+            assert (short.apply(image, 2, i) == whole.apply(image, 2, i)).all()
+    assert not AlbumentationsTransform([A.VerticalFlip()]).lean
+
+
 def test_each_transform_draws_for_itself():
     """Trap 2: transforms that share a seed fire together or not at all."""
     flips = AlbumentationsTransform([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.InvertImg(p=0.5)])
