@@ -31,11 +31,11 @@ class Cutout(A.ImageOnlyTransform):
         if size < 1:
             raise ValueError(f"Cutout: size must be at least 1 pixel, not {size}")
         super().__init__(p=p)
-        self.size, self.fill = size, fill
+        self.size, self.fill, self.colour = size, fill, np.asarray(fill)
 
     def apply(self, img, y, x, **params):
         out = img.copy()
-        out[max(y, 0) : max(y + self.size, 0), max(x, 0) : max(x + self.size, 0)] = np.asarray(self.fill, img.dtype)
+        out[max(y, 0) : max(y + self.size, 0), max(x, 0) : max(x + self.size, 0)] = self.colour.astype(img.dtype)
         return out
 
     def get_params_dependent_on_data(self, params, data):

@@ -56,10 +56,12 @@ class EpochRecorder(Callback):
         self.loss_sum, self.correct, self.n, self.n_batches = 0.0, 0, 0, len(self.dl)
 
     def after_batch(self):
-        if not self.training:
+        learn = self.learn
+        if not learn.training:
             return
-        correct = (self.pred.detach().argmax(-1) == self.yb[0]).sum()
-        self.pending.append((self.iter, self.opt.hypers[0]["lr"], len(self.yb[0]), self.learn.loss, correct))
+        correct = (learn.pred.detach().argmax(-1) == learn.yb[0]).sum()
+        lr = learn.opt.opt.param_groups[0]["lr"]
+        self.pending.append((learn.iter, lr, len(learn.yb[0]), learn.loss, correct))
         if len(self.pending) >= CHECK_EVERY:
             self.check()
 

@@ -63,7 +63,9 @@ class Config:
     split_seed: int = option(0, "seed of the split, where the data does not come split", low=0, high=2**32 - 1)
     epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
     batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
-    model: str = option(None, "network (medium; digits small)", choices=MODELS, kind=str)
+    model: str = option(
+        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)", kind=str
+    )
     size: object = option(
         "auto",
         "image side in pixels; auto: 32 for cifar10 and digits, else 128",

@@ -14,6 +14,7 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import TfmdDL
 from fastai.data.external import URLs, fastai_cfg
+from fastai.data.load import _loaders
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
@@ -251,9 +252,7 @@ class StoreDL(TfmdDL):
         super().__init__(dataset, **kwargs)
         random.setstate(state)  # fastai's loader draws a seed that is not needed here
         self.store, self.seed, self.epoch = store, seed, epoch
-        self.fake_l.generator = (
-            torch.Generator()
-        )  # else each pass would draw its workers' seed from torch's global state
+        self.fake_l.generator = torch.Generator()  # else each pass would draw from torch's global state
         paths = list(dataset.items)
         self.ids = [store.index.get(p) for p in paths]
         self.labels = None
@@ -264,11 +263,21 @@ class StoreDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{"store": self.store, "seed": self.seed, "epoch": self.epoch, **kwargs})
 
-    def randomize(self):
-        "Nothing: the order needs no state."
-
     def shuffle_fn(self, idxs):
         return order(self.seed, self.epoch, len(idxs)).tolist()
+
+    def __iter__(self):
+        """As fastai's, but no copy to a GPU is waited for, where batches lie in pinned memory."""
+        self.before_iter()
+        self.idxs = self.get_idxs()
+        device, kinds = self.device or "cpu", (TensorImage, TensorCategory)
+        for batch in _loaders[self.fake_l.num_workers == 0](self.fake_l):
+            batch = [kind(t.to(device, non_blocking=self.pin_memory)) for kind, t in zip(kinds, batch)]
+            yield self.after_batch(tuple(batch))
+        self.after_iter()
+
+    def sample(self):
+        return (i for at, i in enumerate(self.idxs) if at // self.bs % self.num_workers == self.offs)
 
     def after_iter(self):
         if self.shuffle:
@@ -288,6 +297,21 @@ class StoreDL(TfmdDL):
             images[at] = augment.apply(image, self.epoch, known or 0) if augment else centre(image, store.size)
         x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
+
+
+class NormalizeInPlace(Normalize):
+    """fastai's Normalize, the same numbers in a fifth of the time, for batches that the loader has just made.
+
+    Mean and standard deviation have the shape and memory format of an image, so that a batch is one run of memory.
+    """
+
+    @classmethod
+    def of(cls, mean, std, size):
+        full = lambda v: torch.tensor(v, dtype=torch.float32)[None, :, None, None].expand(1, 3, size, size)
+        return cls(*(full(v).contiguous(memory_format=torch.channels_last) for v in (mean, std)))
+
+    def encodes(self, x: TensorImage):
+        return x.sub_(self.mean).div_(self.std)
 
 
 def image_size(config):
@@ -320,7 +344,7 @@ def get_dls(config, device="cpu"):
         get_y=label.get,
         splitter=lambda _: splits,
         item_tfms=augment,
-        batch_tfms=Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False),
+        batch_tfms=NormalizeInPlace.of(mean, std, size),
         dl_type=StoreDL,
     )
     workers = (
@@ -337,6 +361,7 @@ def get_dls(config, device="cpu"):
         val_bs=max(1, min(500, 500 * 64**2 // size**2)),
         drop_last=False,
         num_workers=workers,
+        pin_memory=torch.device(device).type == "cuda",
         device=torch.device(device),
         store=store,
         seed=config.seed,

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import torch
 
-from lib import gradcam, plots
+from lib import gradcam, models, plots
 from lib.data import centre
 from lib.runs import write_csv, write_figure, write_json, write_table
 
@@ -53,8 +53,9 @@ def explain(learn, rows):
     number = {store.names[known]: i for i, known in enumerate(dl.ids)}
     at = [number[row["file"]] for row in rows]
     x = dl.after_batch(learn._set_device(dl.do_batch(at)))[0]
+    layer = models.cam_layer(learn.model, store.size)
     both = [
-        gradcam.maps(learn.model, learn.model.cam_layer, x, [vocab.index(row[what]) for row in rows])
+        gradcam.maps(learn.model, layer, x, [vocab.index(row[what]) for row in rows])
         for what in ("prediction", "truth")
     ]
     return np.stack([centre(store[dl.ids[i]], store.size) for i in at]), *both

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from fastai.callback.core import CancelEpochException, CancelValidException, TrainEvalCallback
+from fastai.callback.core import CancelEpochException, CancelValidException, TrainEvalCallback, _inner_loop
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
@@ -89,6 +89,12 @@ class SGDLearner(Learner):
         return torch.autocast(
             torch.device(self.dls.device or "cpu").type, self.dtype, enabled=self.dtype is not torch.float32
         )
+
+    def _call_one(self, event_name):
+        """As fastai's, but callbacks are not asked about events of a batch that they do not have: it takes longer."""
+        for cb in self.cbs.sorted("order"):
+            if event_name not in _inner_loop or hasattr(type(cb), event_name) or event_name in vars(cb):
+                cb(event_name)
 
     def _split(self, b):
         super()._split(tuple(t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t for t in b))

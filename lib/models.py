@@ -1,5 +1,6 @@
-"""Networks. Needs torch alone, so that a trained one can be rebuilt anywhere."""
+"""Networks. Ours need torch alone, so that a trained one can be rebuilt anywhere."""
 
+import torch
 from torch import nn
 
 
@@ -80,17 +81,74 @@ MODELS = {
 }
 
 
+def check(name):
+    """Raises BadInput where `name` is neither in `MODELS` nor a classifier of torchvision."""
+    if name in MODELS:
+        return
+    import torchvision.models as zoo
+
+    from lib.config import BadInput, guess
+
+    known = zoo.list_models(module=zoo)
+    if name not in known:
+        raise BadInput(
+            f"--model: {name!r} is not among {', '.join(MODELS)}, nor a classifier of torchvision"
+            + guess(name, [*MODELS, *known])
+        )
+
+
 def build(name, n_classes):
-    """The network `name` with fresh weights. Its layer for GradCAM is `model.cam_layer`."""
-    constructor, args = MODELS[name]
-    return constructor(n_classes, **args)
+    """The network `name`, of `MODELS` or a torchvision classifier, with fresh weights."""
+    check(name)
+    if name in MODELS:
+        constructor, args = MODELS[name]
+        return constructor(n_classes, **args)
+    from torchvision.models import get_model
+
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return get_model(name, weights=None, num_classes=n_classes, **extra)
+
+
+def cam_layer(model, size):
+    """The layer of `model` that GradCAM reads for images of `size` pixels: `model.cam_layer`, where it has one.
+
+    Else the last to finish of those whose output is a map (n, channels, h, w) of at least 4 x 4. Raises BadInput where
+    the network does not take such images, or has no such layer.
+    """
+    own = getattr(model, "cam_layer", None)
+    if own is not None:
+        return own
+    from lib.config import BadInput, one_line
+
+    last = []
+
+    def look(module, inputs, output):
+        if torch.is_tensor(output) and output.dim() == 4 and output.shape[2] == output.shape[3] >= 4:
+            last[:] = [module]
+
+    training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
+    example = next(model.parameters())
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=example.device, dtype=example.dtype))
+    except (RuntimeError, ValueError, AssertionError) as e:
+        raise BadInput(f"--model: does not take images of {size} pixels ({one_line(e)}); try another --size") from None
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not last:
+        raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
+    return last[0]
 
 
 def card(name, dls, resize_rule):
     """What rebuilds the trained network and feeds it: the content of weights/model.json."""
+    ours = name in MODELS
     return {
-        "architecture": MODELS[name][0].__name__,
-        "args": {"n_classes": len(dls.vocab), **MODELS[name][1]},
+        "architecture": MODELS[name][0].__name__ if ours else f"torchvision.{name}",
+        "args": {"n_classes": len(dls.vocab), **(MODELS[name][1] if ours else {})},
         "classes": list(dls.vocab),
         "size": dls.store.size,
         "mean": dls.mean.tolist(),
@@ -101,5 +159,7 @@ def card(name, dls, resize_rule):
 
 def rebuild(card):
     """The network that the content of weights/model.json describes, its weights still to be loaded."""
-    constructors = {constructor.__name__: constructor for constructor, _ in MODELS.values()}
-    return constructors[card["architecture"]](**card["args"])
+    source, _, name = card["architecture"].rpartition(".")
+    if source:
+        return build(name, **card["args"])
+    return {constructor.__name__: constructor for constructor, _ in MODELS.values()}[name](**card["args"])

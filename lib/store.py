@@ -194,7 +194,11 @@ class Store:
         return np.array(shapes, np.int32).reshape(-1, 2), chunks, digest.hexdigest()
 
     def lay_out(self, chunks):
-        """Sets where each image lies: in which chunk, from which byte."""
+        """Sets where each image lies: in which chunk, and, where shapes differ, from which byte."""
+        self.uniform = len(self) > 0 and bool((self.shapes == self.shapes[0]).all())
+        if self.uniform:
+            self.chunks = [chunk.reshape(-1, *self.shapes[0], 3) for chunk in chunks]
+            return
         self.chunks = chunks
         self.starts = np.zeros(len(self), np.int64)
         sizes = self.shapes.astype(np.int64).prod(1) * 3
@@ -202,7 +206,7 @@ class Store:
             self.starts[at + 1 : at + CHUNK] = sizes[at : at + CHUNK][:-1].cumsum()
 
     def open(self):
-        pixels = np.memmap(self.folder / "pixels", np.uint8, "r")
+        pixels = np.memmap(self.folder / "pixels", np.uint8, "r").view(np.ndarray)
         ends = np.cumsum([s.astype(np.int64).prod(1).sum() * 3 for s in self.by_chunk(self.shapes)])
         self.lay_out(np.split(pixels, ends[:-1]))
 
@@ -229,6 +233,8 @@ class Store:
         return len(self.paths)
 
     def __getitem__(self, i):
+        if self.uniform:
+            return self.chunks[i // CHUNK][i % CHUNK]
         h, w = self.shapes[i]
         start = self.starts[i]
         return self.chunks[i // CHUNK][start : start + 3 * h * w].reshape(h, w, 3)

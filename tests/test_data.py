@@ -8,7 +8,10 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from fastai.data.external import URLs, fastai_cfg
+from fastai.data.transforms import Normalize
+from fastai.torch_core import TensorImage
 from PIL import Image
 
 from lib import data, store
@@ -314,3 +317,13 @@ def test_new_files_go_through_the_same_preprocessing(make):
     paths = [learn.dls.store.paths[i] for i in known.ids[:5]]
     x = learn.dls.test_dl(paths).one_batch()[0]
     assert (x == known.one_batch()[0][:5]).all()
+
+
+def test_normalizing_in_place_gives_fastais_numbers():
+    mean, std, x = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26], RNG.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    images = TensorImage(torch.from_numpy(x).permute(0, 3, 1, 2)).float().div_(255)
+    theirs = Normalize.from_stats(mean, std, cuda=False)
+    ours = data.NormalizeInPlace.of(np.array(mean), np.array(std), 16)
+    expected = theirs.encodes(images)
+    found = ours.encodes(images.clone())
+    assert (found == expected).all() and (ours.decodes(found) == theirs.decodes(expected)).all()

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+import torch
+
+from lib import models
+from lib.config import BadInput
+from train_fastai import main
+
+
+@pytest.mark.parametrize(
+    "name, size, side", [("resnet18", 32, 4), ("resnet18", 224, 7), ("mobilenet_v3_small", 128, 4)]
+)
+def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
+    model, shapes = models.build(name, 3), []
+    layer = models.cam_layer(model, size)
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    layer.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape)))
+    assert model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+    assert shapes[0][2:] == (side, side)
+
+
+def test_the_layer_is_the_last_that_fits():
+    model = models.build("resnet18", 3)
+    assert models.cam_layer(model, 224) is model.layer4
+    assert models.cam_layer(model, 32) is model.layer2
+
+
+def test_a_network_that_does_not_fit_the_images_is_one_line():
+    with torch.device("meta"):
+        vit = models.build("vit_b_16", 3)
+    with pytest.raises(BadInput, match="does not take images of 32 pixels"):
+        models.cam_layer(vit, 32)
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
+    with pytest.raises(BadInput, match="no layer with a map of 4 x 4"):
+        models.cam_layer(flat, 32)
+
+
+def test_a_run_with_a_torchvision_network_rebuilds_from_its_card(bands, tmp_path):
+    from safetensors.torch import load_file
+
+    argv = ["--data", bands, "--size", 32, "--model", "squeezenet1_1", "--epochs", 1, "--lr", 0.01, "-b", 16]
+    assert main([*map(str, argv), "--out", str(tmp_path), "--name", "x"]) == 0
+    card = json.loads((tmp_path / "x/weights/model.json").read_text())
+    assert card["architecture"] == "torchvision.squeezenet1_1"
+    models.rebuild(card).load_state_dict(load_file(tmp_path / "x/weights/best.safetensors"))
+    assert (tmp_path / "x/gradcam.png").exists()
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_squeeze_excite_scales_channels(name):
+    torch.manual_seed(0)
+    model = models.build(name, 4).eval()
+    block = next(m for m in model.modules() if isinstance(m, models.SqueezeExcite))
+    x = torch.randn(2, block.scale[0].in_features, 5, 5)
+    ratio = block(x) / x
+    assert torch.allclose(ratio, ratio[:, :, :1, :1].expand_as(ratio), atol=1e-5)
+    assert (ratio > 0).all() and (ratio < 1).all()
