@@ -128,6 +128,20 @@ def order(seed, epoch, n):
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 1])).permutation(n)
 
 
+def balanced_order(seed, epoch, labels):
+    """An order in which any run of images has the classes in the data's proportions, as closely as can be: (n,) int64.
+
+    Image of rank r (in `order`) among the n_c of its class c comes at (r + u_c) / n_c, u_c uniform per epoch and class.
+    """
+    labels = np.asarray(labels)
+    at, shuffled = np.empty(len(labels)), order(seed, epoch, len(labels))
+    starts = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 2]))
+    for c in range(labels.max() + 1):
+        own = shuffled[labels[shuffled] == c]
+        at[own] = (np.arange(len(own)) + starts.random()) / max(len(own), 1)
+    return np.argsort(at, kind="stable")
+
+
 def train_transforms(config, size, fill):
     """The training augmentation of `config` for images of `size` pixels; `fill` is their mean colour, 0..255."""
     scaled = lambda pixels: round(pixels * size / 32)

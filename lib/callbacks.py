@@ -50,10 +50,15 @@ class EpochRecorder(Callback):
             "epoch": self.epoch + 1,
             "seconds": None,
             "lr": hypers["lr"],
-            "momentum": hypers["mom"],
+            "momentum": hypers.get("mom", 0.0),
             "batch_size": getattr(self.dl, "bs", None) or self.dl.batch_size,
         }
         self.loss_sum, self.correct, self.n, self.n_batches = 0.0, 0, 0, len(self.dl)
+
+    def before_batch(self):
+        if self.learn.training and self.learn.iter == 0:  # the schedule has set those of the first step by now
+            hypers = self.learn.opt.hypers[0]
+            self.now |= {"lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
 
     def after_batch(self):
         learn = self.learn
@@ -117,6 +122,62 @@ class EpochRecorder(Callback):
         return {k: v for k, v in row.items() if k.endswith(("_loss", "_acc"))}
 
 
+def check_sole_owner(learn):
+    """Raises ValueError where two callbacks of `learn` set the learning rate."""
+    owners = [cb for cb in learn.cbs if isinstance(cb, (ParamScheduler, Scheduled, ReduceLROnPlateau))]
+    if len(owners) > 1:
+        raise ValueError("two owners of the learning rate: " + " and ".join(type(cb).__name__ for cb in owners))
+
+
+class Scheduled(Callback):
+    """Sets learning rate and momentum before each batch. What it sets is a function of the epochs done: no state."""
+
+    order = 40  # ahead of the record, which writes down the first step of an epoch
+
+    def __init__(
+        self,
+        at,  # function: epochs done (with fraction) -> {"lr": …} or {"lr": …, "mom": …}
+    ):
+        self.at = at
+
+    def before_fit(self):
+        check_sole_owner(self.learn)
+
+    def before_batch(self):
+        learn = self.learn
+        if learn.training:
+            hypers = self.at(learn.epoch + learn.iter / learn.n_iter)
+            learn.opt.set_hypers(**{k: v for k, v in hypers.items() if k in learn.opt.hypers[0]})
+
+
+class WarmUp(Callback):
+    """Holds the learning rate back in the first epochs: times a factor that rises from 1/4 to 1, straight.
+
+    Gradual warm-up: Goyal et al., arXiv 1706.02677. Between batches the rate is what its owner set.
+    """
+
+    order, start = 45, 0.25
+
+    def __init__(
+        self,
+        epochs,  # until the factor is 1; may have a fraction
+    ):
+        self.epochs, self.kept = epochs, None
+
+    def before_batch(self):
+        learn = self.learn
+        done = (learn.epoch + learn.iter / learn.n_iter) / self.epochs
+        if learn.training and done < 1:
+            self.kept = [h["lr"] for h in learn.opt.hypers]
+            factor = self.start + (1 - self.start) * done
+            learn.opt.set_hypers(lr=[lr * factor for lr in self.kept])
+
+    def after_batch(self):
+        if self.kept:
+            self.learn.opt.set_hypers(lr=self.kept)
+            self.kept = None
+
+
 class ReduceLROnPlateau(Callback):
     """Multiplies the learning rate by `factor` where `Plateau` sees one. Same rates as torch's scheduler of that name.
 
@@ -150,9 +211,7 @@ class ReduceLROnPlateau(Callback):
         self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")  # as fastai's trackers
         if not self.run:
             return
-        owners = [cb for cb in self.learn.cbs if isinstance(cb, (ParamScheduler, ReduceLROnPlateau))]
-        if len(owners) > 1:
-            raise ValueError("two owners of the learning rate: " + " and ".join(type(cb).__name__ for cb in owners))
+        check_sole_owner(self.learn)
         self.plateau, self.reductions = Plateau(**self.options), []
 
     def after_epoch(self):
@@ -163,9 +222,9 @@ class ReduceLROnPlateau(Callback):
         if self.plateau.step(found[self.monitor]):
             self.reduce()
 
-    def reduce(self):
+    def reduce(self, factor=None):
         old = [h["lr"] for h in self.opt.hypers]
-        new = [max(lr * self.factor, self.min_lr) for lr in old]
+        new = [max(lr * (factor or self.factor), self.min_lr) for lr in old]
         new = [n if o - n > self.eps else o for o, n in zip(old, new)]
         self.opt.set_hypers(lr=new)
         if new != old:
@@ -177,6 +236,95 @@ class ReduceLROnPlateau(Callback):
     def load_state_dict(self, state):
         self.plateau.load_state_dict(state["plateau"])
         self.reductions = [tuple(r) for r in state["reductions"]]
+
+
+class GrowBatchOnPlateau(ReduceLROnPlateau):
+    """On a plateau the training batch grows by 1 / factor, up to a largest; what is left shrinks the learning rate.
+
+    "Don't decay the learning rate, increase the batch size" (Smith et al., arXiv 1711.00489): lr / batch size falls as
+    under ReduceLROnPlateau. `growths` lists (epoch, batch size). The loader has its own batch size back after the fit.
+    """
+
+    def __init__(
+        self,
+        max_batch_size,  # images
+        monitor="valid_loss",  # as ReduceLROnPlateau
+        **options,  # as ReduceLROnPlateau
+    ):
+        super().__init__(monitor, **options)
+        self.max_batch_size, self.growths = max_batch_size, []
+
+    def before_fit(self):
+        super().before_fit()
+        self.first, self.growths = self.learn.dls.train.bs, []
+
+    def reduce(self):
+        dl = self.learn.dls.train
+        old, new = dl.bs, max(min(round(dl.bs / self.factor), self.max_batch_size), dl.bs)
+        if new > old:
+            dl.bs = new
+            self.growths.append((self.epoch + 1, new))
+        if new == self.max_batch_size:
+            super().reduce(min(self.factor * new / old, 1.0))
+
+    def after_fit(self):
+        self.learn.dls.train.bs = self.first
+
+    def state_dict(self):
+        return {**super().state_dict(), "growths": list(self.growths)}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.growths = [tuple(g) for g in state["growths"]]
+        if self.growths:
+            self.learn.dls.train.bs = self.growths[-1][1]
+
+
+class GradNoise(Callback):
+    """Adds Gaussian noise to the gradient, of variance eta / (1 + t)^0.55 at step t (Neelakantan et al., 1511.06807).
+
+    The noise is a function of (seed, step). With `plateau` it is added only in the epoch behind each plateau.
+    """
+
+    order, decay = 62, 0.55  # behind the record
+
+    def __init__(
+        self,
+        eta,  # variance at the first step
+        seed=0,  # whole number, 0 to 2**32 - 1
+        monitor="valid_loss",  # with plateau: a metric of the record
+        plateau=None,  # a Plateau that says when
+    ):
+        self.eta, self.seed, self.monitor, self.plateau = eta, seed, monitor, plateau
+        self.steps, self.on = 0, plateau is None
+
+    def before_step(self):
+        step, self.steps = self.steps, self.steps + 1
+        if not self.on:
+            return
+        learn = self.learn
+        if learn.scaler:
+            learn.scaler.unscale_(learn.opt.opt)
+        sigma = math.sqrt(self.eta / (1 + step) ** self.decay)
+        parameters = [p for p in learn.model.parameters() if p.grad is not None]
+        generator = torch.Generator(parameters[0].device).manual_seed((self.seed << 32) | step)
+        for p in parameters:
+            noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+            p.grad.add_(noise, alpha=sigma)
+
+    def after_epoch(self):
+        if self.plateau:
+            self.on = self.plateau.step(self.recorder.rows[-1][self.monitor])
+            if self.on:
+                print(f"plateau: {self.monitor} stands still; the next epoch's gradients are perturbed", flush=True)
+
+    def state_dict(self):
+        return {"steps": self.steps, "on": self.on, "plateau": self.plateau and self.plateau.state_dict()}
+
+    def load_state_dict(self, state):
+        self.steps, self.on = state["steps"], state["on"]
+        if self.plateau:
+            self.plateau.load_state_dict(state["plateau"])
 
 
 class KeepBest(Callback):
@@ -245,12 +393,11 @@ class Progress(Callback):
     def after_epoch(self):
         rows = self.recorder.rows
         print(epoch_line(rows[-1], self.n_epoch), flush=True)
-        plateau = getattr(self.learn, "reduce_lr_on_plateau", None)
-        if plateau and plateau.reductions and plateau.reductions[-1][0] == rows[-1]["epoch"]:
-            print(
-                f"plateau: {plateau.monitor} stands still; lr {rows[-1]['lr']:.3g} -> {plateau.reductions[-1][1]:.3g}",
-                flush=True,
-            )
+        owner = next((cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)), None)
+        for name, changes in (("lr", owner.reductions), ("batch_size", getattr(owner, "growths", []))) if owner else ():
+            if changes and changes[-1][0] == rows[-1]["epoch"]:
+                change = f"{name.replace('_', ' ')} {rows[-1][name]:.3g} -> {changes[-1][1]:.3g}"
+                print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
         if self.on_epoch:
             self.on_epoch(rows)
 

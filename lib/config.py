@@ -10,17 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SUGGESTIONS = ("valley", "steep", "minimum", "slide")
-SCHEDULES = ("plateau",)
+SCHEDULES = (
+    "plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch"
+)  # fmt: skip
+OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MODELS = ("small", "medium", "large")
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 # What may change when a run is resumed: nothing that changes its result.
 FREE = ("resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery")
-# A source carries its own defaults for the settings whose default below is None.
-COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True}
+ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
+# A source of images carries its own defaults for the settings whose default below is None.
+COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True, "pct_start": 0.25, "cycle_length": 0.2}
 SOURCES = {
     "cifar10": {},
     "digits": {"epochs": 20, "batch_size": 64, "model": "small", "flip": False},
 }
+# So does a schedule.
+BY_SCHEDULE = {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}
 
 
 class OneLine(Exception):
@@ -82,7 +88,8 @@ class Config:
     )
     lr_suggest: str = option("steep", "which suggestion of the range test is used", choices=SUGGESTIONS)
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
-    momentum: float = option(0.9, "momentum of SGD", low=0, high=0.9999)
+    optimizer: str = option("sgd", "sgd (with momentum), nesterov, rmsprop, adagrad, adam", choices=OPTIMIZERS)
+    momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
     label_smoothing: float = option(0.0, "label smoothing of the training loss", low=0, high=0.99)
     monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
@@ -92,6 +99,32 @@ class Config:
     threshold: float = option(1e-4, "change that counts as an improvement", low=0)
     threshold_mode: str = option("rel", "whether the threshold is relative or absolute", choices=("rel", "abs"))
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
+    warmup_epochs: float = option(0.0, "epochs over which the rate first rises from a quarter of the schedule's", low=0)
+    pct_start: float = option(
+        None,
+        "share of the epochs before one_cycle's top (0.25), or before flat_cos falls (0.75)",
+        kind=float,
+        low=0.01,
+        high=0.99,
+    )
+    div: float = option(25.0, "one_cycle starts at lr / div", low=1)
+    div_final: float = option(1e5, "one_cycle and flat_cos end at lr / div_final", low=1)
+    max_momentum: float = option(0.95, "one_cycle's momentum at both ends", low=0, high=0.9999)
+    min_momentum: float = option(0.85, "one_cycle's momentum at the top of the rate", low=0, high=0.9999)
+    cycle_length: float = option(
+        None,
+        "first cycle of triangular (0.2) and warm_restarts (1/7), as a share of the epochs",
+        kind=float,
+        low=1e-3,
+        high=1,
+    )
+    cycle_mult: float = option(2.0, "each cycle of warm_restarts is so many times the one before", low=1)
+    cycle_div: float = option(4.0, "triangular rates begin at lr / cycle_div", low=1)
+    max_batch_size: int = option(1024, "batch size that grow_batch does not go above; there the rate shrinks", low=1)
+    accumulate: int = option(1, "batches whose mean loss makes one update", low=1, high=10_000)
+    balanced_batches: bool = option(False, "each batch in the classes' proportions, as closely as can be")
+    grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
+    perturb_on_plateau: bool = option(False, "gradient noise only in the epoch behind each plateau of --monitor")
     cutout: int = option(8, "side of the cutout square, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally at random (on; digits off)", kind=bool)
@@ -118,12 +151,14 @@ class Config:
     progress: bool = option(True, "progress bar, on a terminal")
 
     def __post_init__(self):
-        own = {**COMMON, **SOURCES.get(self.data, {})}
+        own = {**COMMON, **SOURCES.get(self.data, {}), **BY_SCHEDULE.get(self.schedule, {})}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is None and f.name in own:
                 value = own[f.name]
             object.__setattr__(self, f.name, check(f, value))
+        if self.perturb_on_plateau and not self.grad_noise:
+            raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
             raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
 
@@ -267,6 +302,8 @@ def resumed(flags):
             )
     if config.epochs < kept.epochs:
         raise BadInput(f"--epochs: {run} has {kept.epochs}; a resumed run may have more, not fewer")
+    if config.epochs > kept.epochs and config.schedule not in ENDLESS:
+        raise BadInput(f"--epochs: {config.schedule} is a function of the epochs in all, {kept.epochs}; leave it out")
     return config
 
 

@@ -20,7 +20,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
 from PIL import Image
 
-from lib.augment import AlbumentationsTransform, order, train_transforms
+from lib.augment import AlbumentationsTransform, balanced_order, order, train_transforms
 from lib.config import BadInput, one_line
 from lib.runs import whole_folder
 from lib.store import Store, decode
@@ -247,11 +247,11 @@ class StoreDL(TfmdDL):
     moves on after each complete pass. Files that are not in the store (`dls.test_dl`) are decoded as they come.
     """
 
-    def __init__(self, dataset, store=None, seed=0, epoch=0, **kwargs):
+    def __init__(self, dataset, store=None, seed=0, epoch=0, balanced=False, **kwargs):
         state = random.getstate()
         super().__init__(dataset, **kwargs)
         random.setstate(state)  # fastai's loader draws a seed that is not needed here
-        self.store, self.seed, self.epoch = store, seed, epoch
+        self.store, self.seed, self.epoch, self.balanced = store, seed, epoch, balanced
         self.fake_l.generator = torch.Generator()  # else each pass would draw from torch's global state
         paths = list(dataset.items)
         self.ids = [store.index.get(p) for p in paths]
@@ -261,9 +261,12 @@ class StoreDL(TfmdDL):
             self.labels = np.array([categorize.vocab.o2i[get_y(p)] for p in paths], dtype=np.int64)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{"store": self.store, "seed": self.seed, "epoch": self.epoch, **kwargs})
+        own = {name: getattr(self, name) for name in ("store", "seed", "epoch", "balanced")}
+        return super().new(dataset, cls, **{**own, **kwargs})
 
     def shuffle_fn(self, idxs):
+        if self.balanced:
+            return balanced_order(self.seed, self.epoch, self.labels).tolist()
         return order(self.seed, self.epoch, len(idxs)).tolist()
 
     def __iter__(self):
@@ -365,6 +368,7 @@ def get_dls(config, device="cpu"):
         device=torch.device(device),
         store=store,
         seed=config.seed,
+        balanced=config.balanced_batches,
     )
     dls.test, dls.store, dls.mean, dls.std = dls[2], store, mean, std
     return dls

@@ -1,11 +1,12 @@
 """What a learner learned: the range test's choice, test metrics, confusion, and its mistakes, explained."""
 
+import dataclasses
 import sys
 
 import numpy as np
 import torch
 
-from lib import gradcam, models, plots
+from lib import gradcam, models, plots, schedules
 from lib.data import centre
 from lib.runs import write_csv, write_figure, write_json, write_table
 
@@ -147,7 +148,12 @@ def report(learn, config, run, rows, best):
 
     chosen_on = run.env["chosen_on"]
     title = f"{run_name}: {summary['test_acc']:.2%} of the test images right"
-    write_figure(run / "results.png", plots.results(rows, title, config.target, best.epoch_number, chosen_on))
+    values = [row[config.monitor] for row in rows]
+    steps = len(learn.dls.train)
+    trace = schedules.trace(dataclasses.replace(config, lr=run.env["lr"]), steps, values)[: steps * len(rows)]
+    plateaus = config.schedule in ("plateau", "grow_batch")
+    figure = plots.results(rows, title, config.target, best.epoch_number, chosen_on, trace, plateaus)
+    write_figure(run / "results.png", figure)
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (test[0], test[1].argmax(1)), 1)
     table = [[name, *row] for name, row in zip(classes, counts.tolist())]

@@ -5,16 +5,24 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from fastai.callback.core import CancelEpochException, CancelValidException, TrainEvalCallback, _inner_loop
+from fastai.callback.core import (
+    CancelBackwardException,
+    CancelEpochException,
+    CancelStepException,
+    CancelValidException,
+    TrainEvalCallback,
+    _inner_loop,
+)
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
-from lib.callbacks import EpochRecorder
+from lib.callbacks import EpochRecorder, GradNoise
 from lib.config import BadInput
 from lib.runs import cpu_name
+from lib.schedules import Plateau
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -43,6 +51,15 @@ def kept_modes(model):
             m.training = training
 
 
+OPTIMIZERS = {
+    "sgd": lambda params, lr, mom: torch.optim.SGD(params, lr, mom),
+    "nesterov": lambda params, lr, mom: torch.optim.SGD(params, lr, mom, nesterov=mom > 0),
+    "rmsprop": lambda params, lr, mom: torch.optim.RMSprop(params, lr),
+    "adagrad": lambda params, lr, mom: torch.optim.Adagrad(params, lr),
+    "adam": lambda params, lr, mom: torch.optim.Adam(params, lr, (mom, 0.999)),
+}  # name -> function(parameter groups, learning rate, momentum); weight decay is set on all
+
+
 class SGDLearner(Learner):
     """A Learner that trains with plain SGD: v = mom * v + (g + wd * w), w = w - lr * v (as torch's).
 
@@ -56,6 +73,8 @@ class SGDLearner(Learner):
         loss_func=None,  # None: cross-entropy
         lr=0.1,  # learning rate, where `fit` gets none
         mom=0.9,  # momentum
+        optimizer="sgd",  # one of OPTIMIZERS
+        accumulate=1,  # batches whose mean loss makes one update
         wd=5e-4,  # L2 penalty of weights; norms and biases have none
         precision="float32",  # float32, bf16 or fp16: the format of matrix products in training
         channels_last=True,  # memory format of images and weights
@@ -63,7 +82,7 @@ class SGDLearner(Learner):
         **kwargs,  # as fastai's Learner
     ):
         loss_func = loss_func or CrossEntropyLossFlat()
-        self.dtype, self.scaler = DTYPES[precision], None
+        self.dtype, self.scaler, self.accumulate = DTYPES[precision], None, accumulate
         self.first_epoch = 0  # of the fit; more where a callback has put back the state of a fit that was cut short
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
@@ -72,7 +91,7 @@ class SGDLearner(Learner):
             dls,
             model,
             loss_func,
-            opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=mom)),
+            opt_func=partial(OptimWrapper, opt=partial(OPTIMIZERS[optimizer], mom=mom)),
             lr=lr,
             splitter=decay_split,
             wd=[wd, 0.0],
@@ -110,6 +129,18 @@ class SGDLearner(Learner):
         self("after_loss")
         if self.training and len(self.yb):
             self._do_grad_opt()
+
+    def _do_grad_opt(self):
+        """As fastai's; with `accumulate` a step is made of the mean loss of so many batches, or of those left."""
+        if self.accumulate == 1:
+            return super()._do_grad_opt()
+        first = self.iter - self.iter % self.accumulate
+        group = min(self.accumulate, self.n_iter - first)
+        self.loss_grad = self.loss_grad / group
+        self._with_events(self._backward, "backward", CancelBackwardException)
+        if self.iter == first + group - 1:
+            self._with_events(self._step, "step", CancelStepException)
+            self.opt.zero_grad()
 
     def _backward(self):
         (self.scaler.scale(self.loss_grad) if self.scaler else self.loss_grad).backward()
@@ -196,6 +227,7 @@ class SGDLearner(Learner):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
         twin = copy.copy(self)
         twin.cbs, twin.model, twin.opt = type(self.cbs)(), copy.deepcopy(self.model), None
+        twin.accumulate = 1
         twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
         twin.create_opt()
         twin.opt.set_hypers(wd=self.wd)
@@ -242,8 +274,23 @@ def pick_precision(config, device):
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for."""
     loss = CrossEntropyLossFlat(label_smoothing=config.label_smoothing)
+    cbs = list(cbs or [])
+    if config.grad_noise:
+        mode = "max" if config.monitor.endswith("acc") else "min"
+        counter = Plateau(mode, config.threshold, config.threshold_mode, config.patience_epochs, config.cooldown_epochs)
+        plateau = counter if config.perturb_on_plateau else None
+        cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
     return SGDLearner(
-        dls, model, loss, mom=config.momentum, wd=config.weight_decay, precision=precision, cbs=cbs, path=dls.path
+        dls,
+        model,
+        loss,
+        mom=config.momentum,
+        wd=config.weight_decay,
+        optimizer=config.optimizer,
+        accumulate=config.accumulate,
+        precision=precision,
+        cbs=cbs,
+        path=dls.path,
     )
 
 

@@ -31,11 +31,14 @@ def results(
     target=None,  # accuracy drawn as a line
     best_epoch=None,  # epoch whose weights were kept
     chosen_on="valid",  # the set that chose them
+    trace=None,  # (steps, 2) learning rate and momentum of each step; None: the first step of each epoch
+    plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
 ):
-    """Accuracy, loss and learning rate over the epochs; reductions of the rate as vertical lines."""
+    """Accuracy, loss, learning rate and momentum over the epochs; plateaus as vertical lines."""
     figure, ((top,), (middle,), (bottom,)) = axes(9, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
     epochs = [r["epoch"] for r in rows]
-    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if b["lr"] < a["lr"]]
+    acted = lambda a, b: b["lr"] < a["lr"] or b.get("batch_size", 0) > a.get("batch_size", 0)
+    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if plateaus and acted(a, b)]
     shown = [s for s in SETS if f"{s}_acc" in rows[0] and not (s == "valid" and chosen_on == "test")]
     for ax, what in ((top, "acc"), (middle, "loss")):
         for name in shown:
@@ -67,13 +70,26 @@ def results(
     noted = "\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""
     top.set_title(title + noted, parse_math=False)
     middle.set(ylabel="loss (cross-entropy)", ylim=(0, None))
-    bottom.semilogy(epochs, [r["lr"] for r in rows], color=GREEN, drawstyle="steps-mid")
+    if trace is None:
+        trace = np.array([[r["lr"], r.get("momentum", 0.0)] for r in rows])
+    at = 0.5 + np.arange(len(trace)) * len(rows) / len(trace)  # the steps of epoch e lie around its mark
+    bottom.semilogy(at, trace[:, 0], color=GREEN, drawstyle="steps-post")
     bottom.set(ylabel="learning rate", xlabel="epoch")
+    right = bottom.twinx()
+    right.plot(at, trace[:, 1], "--", color=ORANGE, lw=1.2, drawstyle="steps-post")
+    right.set(ylim=(0, 1))
+    right.set_ylabel("momentum (dashed)", color=ORANGE)
+    right.spines["top"].set_visible(False)
     bottom.xaxis.get_major_locator().set_params(integer=True)
     for ax in (top, middle, bottom):
         for i, cut in enumerate(cuts):
             ax.axvline(
-                cut, color=GREY, lw=1, ls="--", alpha=0.6, label="rate reduced" if i == 0 and ax is top else None
+                cut,
+                color=GREY,
+                lw=1,
+                ls="--",
+                alpha=0.6,
+                label="plateau: rate reduced, or batch grown" if i == 0 and ax is top else None,
             )
         plain(ax)
     top.legend(loc="lower right")

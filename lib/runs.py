@@ -150,7 +150,8 @@ class Run:
 def name_of(config):
     """The default name of a run: data, what varies, seed."""
     data = Path(config.data).expanduser().resolve().name.split(".")[0] or "data"
-    return f"{data}-{config.schedule}-s{config.seed}"
+    optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
+    return f"{data}-{config.schedule}{optimizer}-s{config.seed}"
 
 
 def start(config, **facts):

@@ -63,51 +63,168 @@ def plateau(config, lr):
     """The rate stays, and falls by --factor on each plateau of --monitor."""
     from lib.callbacks import ReduceLROnPlateau
 
-    mode = "max" if config.monitor.endswith("acc") else "min"
-    return ReduceLROnPlateau(
-        config.monitor,
-        mode,
-        config.factor,
-        config.patience_epochs,
-        config.threshold,
-        config.threshold_mode,
-        config.cooldown_epochs,
-        config.min_lr,
+    return ReduceLROnPlateau(config.monitor, **plateau_options(config))
+
+
+def grow_batch(config, lr):
+    """On a plateau the batch grows as plateau's rate would shrink, up to --max-batch-size; then the rate shrinks.
+
+    Smith et al., arXiv 1711.00489: the noise of a step goes with lr / batch size.
+    """
+    from lib.callbacks import GrowBatchOnPlateau
+
+    return GrowBatchOnPlateau(config.max_batch_size, config.monitor, **plateau_options(config))
+
+
+def plateau_options(config):
+    return dict(
+        mode="max" if config.monitor.endswith("acc") else "min",
+        factor=config.factor,
+        patience=config.patience_epochs,
+        threshold=config.threshold,
+        threshold_mode=config.threshold_mode,
+        cooldown=config.cooldown_epochs,
+        min_lr=config.min_lr,
     )
 
 
-# name -> function(config, lr) that gives the callback which owns the learning rate of the fit
-SCHEDULES = {"plateau": plateau}
+def scheduled(function):
+    """A schedule from `function(config, lr)`, which gives a function from epochs done to {hyperparameter: value}."""
+
+    def owner(config, lr):
+        from lib.callbacks import Scheduled
+
+        return Scheduled(function(config, lr))
+
+    owner.__doc__ = function.__doc__
+    return owner
+
+
+def two_halves(config, start, top, end):
+    """Half a cosine from `start` to `top` in the first pct_start of the epochs, one to `end` in the rest."""
+
+    def at(t):
+        done, share = t / config.epochs, config.pct_start
+        a, b, part = (start, top, done / share) if done < share else (top, end, (done - share) / (1 - share))
+        return a + (b - a) * (1 - math.cos(math.pi * part)) / 2
+
+    return at
+
+
+@scheduled
+def constant(config, lr):
+    """The rate stays."""
+    return lambda t: {"lr": lr}
+
+
+@scheduled
+def one_cycle(config, lr):
+    """Half a cosine up from lr / div, one down to lr / div_final, momentum against it (Smith & Topin, 1708.07120)."""
+    low, high = config.min_momentum, config.max_momentum
+    rate = two_halves(config, lr / config.div, lr, lr / config.div_final)
+    momentum = two_halves(config, high, low, high)
+    return lambda t: {"lr": rate(t), "mom": momentum(t)}
+
+
+@scheduled
+def flat_cos(config, lr):
+    """The rate stays, then falls to lr / div_final along half a cosine (fastai's fit_flat_cos)."""
+    rate = two_halves(config, lr, lr, lr / config.div_final)
+    return lambda t: {"lr": rate(t)}
+
+
+def cyclical(shrink):
+    """The triangular policies of Smith, arXiv 1506.01186; the height of each cycle is `shrink` times the one before."""
+
+    @scheduled
+    def triangular(config, lr):
+        """Straight from lr / cycle_div to lr and back, cycle by cycle."""
+        low, length = lr / config.cycle_div, config.cycle_length * config.epochs
+
+        def at(t):
+            cycle = math.floor(t / length)
+            height = 1 - abs(2 * (t / length - cycle) - 1)
+            return {"lr": low + (lr - low) * height * shrink**cycle}
+
+        return at
+
+    return triangular
+
+
+@scheduled
+def warm_restarts(config, lr):
+    """Half a cosine from lr to 0, again and again, each time cycle_mult as long (Loshchilov & Hutter, 1608.03983)."""
+
+    def at(t):
+        length = config.cycle_length * config.epochs
+        while t >= length:
+            t, length = t - length, length * config.cycle_mult
+        return {"lr": lr * (1 + math.cos(math.pi * t / length)) / 2}
+
+    return at
+
+
+# name -> function(config, lr) that gives the callback which owns the learning rate of the fit; lr is its largest
+SCHEDULES = {
+    "plateau": plateau,
+    "one_cycle": one_cycle,
+    "constant": constant,
+    "triangular": cyclical(1),
+    "triangular2": cyclical(0.5),
+    "warm_restarts": warm_restarts,
+    "flat_cos": flat_cos,
+    "grow_batch": grow_batch,
+}
+
+
+def owners(config, lr):
+    """The callback that owns the learning rate and, with --warmup-epochs, the one that holds it back at first."""
+    from lib.callbacks import WarmUp
+
+    warmup = [WarmUp(config.warmup_epochs)] if config.warmup_epochs else []
+    return [SCHEDULES[config.schedule](config, lr), *warmup]
 
 
 def fit(learn, config, lr):
     """Trains `config.epochs` epochs from learning rate `lr` under the schedule `config.schedule`."""
-    learn.fit(config.epochs, lr, cbs=[SCHEDULES[config.schedule](config, lr)])
+    learn.fit(config.epochs, lr, cbs=owners(config, lr))
 
 
 def trace(config, steps_per_epoch, values=None):
     """Learning rate and momentum at each step of a fit under `config`: (epochs * steps_per_epoch, 2) array.
 
-    `values` are the monitored values, one an epoch; without them no epoch is looked at. `config.lr` must be a number.
-    The schedule's own callback runs, on an optimizer that moves nothing.
+    `values` are the monitored values of the first epochs; behind them no epoch is looked at. `config.lr` must be a number.
+    The schedule's own callbacks run, on an optimizer that moves nothing. grow_batch's epochs keep their steps.
     """
     if not isinstance(config.lr, float):
         raise ValueError("trace needs a number for lr, not 'find'")
-    opt = Hypers(config.lr, config.momentum)
     recorder = SimpleNamespace(metric_names=["epoch", config.monitor, "time"], values=[])
-    owner = SCHEDULES[config.schedule](config, config.lr)
-    learn = SimpleNamespace(opt=opt, recorder=recorder, cbs=[owner], n_epoch=config.epochs, training=True, epoch=0)
-    owner.learn = learn
+    callbacks = sorted(owners(config, config.lr), key=lambda cb: cb.order)
+    learn = SimpleNamespace(
+        opt=Hypers(config.lr, config.momentum),
+        recorder=recorder,
+        cbs=callbacks,
+        dls=SimpleNamespace(train=SimpleNamespace(bs=config.batch_size)),
+        n_epoch=config.epochs,
+        n_iter=steps_per_epoch,
+        training=True,
+        epoch=0,
+    )
     rows = []
-    call = lambda event: getattr(owner, event, lambda: None)()
+
+    def call(event):
+        for cb in callbacks:
+            getattr(cb, event, lambda: None)()
+
+    for cb in callbacks:
+        cb.learn = learn
     call("before_fit")
     for learn.epoch in range(config.epochs):
-        for step in range(steps_per_epoch):
-            learn.pct_train = (learn.epoch + step / steps_per_epoch) / config.epochs
+        for learn.iter in range(steps_per_epoch):
             call("before_batch")
-            rows.append((opt.hypers[0]["lr"], opt.hypers[0]["mom"]))
+            rows.append((learn.opt.hypers[0]["lr"], learn.opt.hypers[0]["mom"]))
             call("after_batch")
-        if values is not None:
+        if values is not None and learn.epoch < len(values):
             recorder.values.append([values[learn.epoch]])
             call("after_epoch")
     call("after_fit")

@@ -114,7 +114,7 @@ def rows_of(n, chosen=True):
 
 def test_figures_say_what_they_show():
     figure = plots.results(rows_of(10), "a run", 0.88, 3)
-    top, middle, bottom = figure.axes
+    top, middle, bottom, right = figure.axes
     labels = [t.get_text() for t in top.get_legend().get_texts()]
     assert labels == [
         "train (augmented batches)",
@@ -122,10 +122,10 @@ def test_figures_say_what_they_show():
         "test",
         "target 0.88",
         "kept: epoch 3, best valid accuracy",
-        "rate reduced",
+        "plateau: rate reduced, or batch grown",
     ]
     cuts = [line.get_xdata()[0] for line in bottom.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"]
-    assert cuts == [5.5] and bottom.get_yscale() == "log"
+    assert cuts == [5.5] and bottom.get_yscale() == "log" and "momentum" in right.get_ylabel()
     assert "test chose" in plots.results(rows_of(4), "a run", 0.88, 3, "test").axes[0].get_title()
 
     found = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
