@@ -2,10 +2,10 @@
 
 uv run train_fastai.py                       CIFAR-10, 50 epochs, SGD with momentum, ReduceLROnPlateau
 uv run train_fastai.py --data digits         no download, a minute
+uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a comparison
 uv run train_fastai.py --help                every setting
 """
 
-import dataclasses
 import sys
 
 from lib import config as settings
@@ -14,12 +14,12 @@ from lib import config as settings
 def main(argv=None):
     """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 3 diverged, 130 interrupted."""
     try:
-        config = settings.parse(argv)
-        for seed in config.seeds:
-            status = train(dataclasses.replace(config, seeds=(seed,)))
-            if status:
-                return status
-        return 0
+        configs = settings.variants(argv)
+        if len(configs) == 1:
+            return train(configs[0])
+        from lib import compare
+
+        return compare.run(configs, train)
     except settings.BadInput as e:
         print("error:", *str(e).split(), file=sys.stderr)
         return 2

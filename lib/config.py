@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = (
     "plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch"
 )  # fmt: skip
+AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MODELS = ("small", "medium", "large")
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
@@ -255,7 +257,7 @@ def parser():
                 dest=f.name,
                 help=(m["help"] + shown).replace("%", "%%"),
                 metavar=metavar,
-                nargs="+" if f.name == "seeds" else None,
+                nargs="+" if f.name in ("seeds", *AXES) else None,
             )
     p.add_argument(
         "-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it"
@@ -284,6 +286,11 @@ def read_file(path):
     return found
 
 
+def data_name(config):
+    """The name of the data, as names of folders have it."""
+    return Path(config.data).expanduser().resolve().name.split(".")[0] or "data"
+
+
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
     run = Path(flags["resume"]).expanduser()
@@ -307,14 +314,47 @@ def resumed(flags):
     return config
 
 
+def read(argv):
+    """The settings that a command line gives, by name: flags win over the file, the file over defaults."""
+    flags = vars(parser().parse_args(argv))
+    smoke = {"data": "digits", "epochs": 2} if flags.pop("smoke", False) else {}
+    path = flags.pop("config", None)
+    found = {**(read_file(path) if path else {}), **smoke, **flags}
+    for name in AXES:
+        values = found.get(name)
+        if isinstance(values, (list, tuple)) and len(values) == 1:
+            found[name] = values[0]
+    return found
+
+
 def parse(argv=None):
-    """The `Config` that a command line asks for; flags win over the file, the file over defaults.
+    """The `Config` that a command line asks for.
 
     Raises BadInput (one line) for anything wrong that needs neither torch nor the data to be seen.
     """
-    flags = vars(parser().parse_args(argv))
-    if flags.get("resume"):
-        return resumed(flags)
-    smoke = {"data": "digits", "epochs": 2} if flags.pop("smoke", False) else {}
-    path = flags.pop("config", None)
-    return Config(**{**(read_file(path) if path else {}), **smoke, **flags})
+    found = read(argv)
+    return resumed(found) if found.get("resume") else Config(**found)
+
+
+def variants(argv=None):
+    """One `Config`, of one seed, for each run that a command line asks for: several are a comparison.
+
+    Those of a comparison are named by what varies, seed by seed, in a folder that `--name` or their names name.
+    """
+    found = read(argv)
+    if found.get("resume"):
+        return [resumed(found)]
+    axes = {name: found[name] for name in AXES if isinstance(found.get(name), (list, tuple))}
+    runs = []
+    for values in itertools.product(*axes.values()):
+        config = Config(**{**found, **dict(zip(axes, values))})
+        words = [str(getattr(config, name)) for name in axes] or [config.schedule]
+        runs += [("-".join(words), dataclasses.replace(config, seeds=(seed,))) for seed in config.seeds]
+    if len(runs) == 1:
+        return [runs[0][1]]
+    labels = [f"{name}-s{config.seed}" for name, config in runs]
+    if len(set(labels)) < len(labels):
+        raise BadInput(f"{', '.join(flag_of(name) for name in axes)}: a value is there twice")
+    first = runs[0][1]
+    folder = first.name or f"{data_name(first)}-{'_vs_'.join(dict(runs))}"[:120]
+    return [dataclasses.replace(c, out=os.path.join(c.out, folder), name=label) for label, (_, c) in zip(labels, runs)]

@@ -223,3 +223,35 @@ def short(name, most=16):
     """`name`, printable, cut to `most` characters."""
     name = "".join(c if c.isprintable() else "?" for c in str(name))
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def comparison(
+    curves,  # {variant: [(epoch, seconds, test accuracy), …] of all its seeds}
+    title,  # first line of the figure
+    target=None,  # accuracy drawn as a line
+):
+    """Test accuracy of each variant against epochs and against seconds: mean over seeds, band of ± 1 deviation."""
+    figure, ((left, right),) = axes(13, 5.5, 1, 2, sharey=True)
+    colours = [BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000", GREY]
+    for i, (name, points) in enumerate(curves.items()):
+        epochs, seconds, acc = np.array(points, float).T
+        marks = np.unique(epochs)
+        each = [epochs == e for e in marks]
+        mean = np.array([acc[at].mean() for at in each])
+        deviation = np.array([acc[at].std(ddof=1) if at.sum() > 1 else 0 for at in each])
+        n = max(int(at.sum()) for at in each)
+        colour, line = colours[i % len(colours)], ["-", "--", "-.", ":"][i // len(colours) % 4]
+        for ax, x in ((left, marks), (right, [seconds[at].mean() for at in each])):
+            ax.plot(x, mean, line, color=colour, label=f"{name} (n = {n})", marker="." if len(marks) < 15 else None)
+            if n > 1:
+                ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
+    for ax, what in ((left, "epoch"), (right, "seconds of training, evaluation included")):
+        if target:
+            ax.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
+        ax.set(xlabel=what)
+        plain(ax)
+    left.set(ylabel="test accuracy")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(loc="lower right", fontsize="small" if len(curves) > 5 else "medium")
+    figure.suptitle(f"{title}: mean over seeds, band of ± 1 standard deviation", parse_math=False)
+    return figure

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.config import BadInput
+from lib.config import BadInput, data_name
 
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
 
@@ -149,9 +149,8 @@ class Run:
 
 def name_of(config):
     """The default name of a run: data, what varies, seed."""
-    data = Path(config.data).expanduser().resolve().name.split(".")[0] or "data"
     optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
-    return f"{data}-{config.schedule}{optimizer}-s{config.seed}"
+    return f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}"
 
 
 def start(config, **facts):

@@ -193,8 +193,8 @@ def fit(learn, config, lr):
 def trace(config, steps_per_epoch, values=None):
     """Learning rate and momentum at each step of a fit under `config`: (epochs * steps_per_epoch, 2) array.
 
-    `values` are the monitored values of the first epochs; behind them no epoch is looked at. `config.lr` must be a number.
-    The schedule's own callbacks run, on an optimizer that moves nothing. grow_batch's epochs keep their steps.
+    `values` are the monitored values of the first epochs; behind them no epoch is looked at. `config.lr` must be a
+    number. The schedule's own callbacks run, on an optimizer that moves nothing. grow_batch's epochs keep their steps.
     """
     if not isinstance(config.lr, float):
         raise ValueError("trace needs a number for lr, not 'find'")

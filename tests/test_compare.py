@@ -1,0 +1,141 @@
+import csv
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib import callbacks, compare, config, schedules
+from lib.config import BadInput
+from tests.conftest import fingerprint
+from train_fastai import main
+
+ARGS = "--size 32 --model small --epochs 2 -b 16 --gallery 0 --schedule plateau one_cycle --seeds 0 1".split()
+
+
+def argv(bands, out, *more):
+    return ["--data", str(bands), "--out", str(out), "--name", "both", *ARGS, "--lr", "0.05", *more]
+
+
+def rows_of(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def untimed(path):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows_of(path)]
+
+
+@pytest.fixture(scope="module")
+def compared(bands, tmp_path_factory):
+    """(folder, {run: hash of what its fit started from}) of a comparison."""
+    out, starts, fit = tmp_path_factory.mktemp("compared"), {}, schedules.fit
+
+    def spy(learn, c, lr):
+        batches = [[x.tolist(), y.tolist()] for x, y in learn.dls.train]
+        learn.dls.train.epoch = 0
+        starts[c.name] = (fingerprint(learn.model.state_dict()), fingerprint(batches))
+        fit(learn, c, lr)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(schedules, "fit", spy)
+        assert main(argv(bands, out)) == 0
+    return out / "both", starts
+
+
+def test_a_run_for_each_variant_and_seed(compared):
+    folder, _ = compared
+    names = ["one_cycle-s0", "one_cycle-s1", "plateau-s0", "plateau-s1"]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == names
+    rows = rows_of(folder / "comparison.csv")
+    assert [f"{row['variant']}-s{row['seed']}" for row in rows] == [names[i] for i in (2, 3, 0, 1)]
+    assert all(row["lr"] == "0.05" and (folder / row["folder"] / "gradcam.png").exists() is False for row in rows)
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    text = (folder / "comparison.md").read_text()
+    assert re.search(r"\| plateau \| 2 \| 0\.\d{4} ± 0\.\d{4} \|", text) and "one_cycle" in text
+    assert "one_cycle against plateau" in text or "one_cycle is" in text
+
+
+def test_the_variants_of_a_seed_start_alike_and_seeds_differ(compared):
+    _, starts = compared
+    assert starts["plateau-s0"] == starts["one_cycle-s0"] and starts["plateau-s1"] == starts["one_cycle-s1"]
+    assert all(a != b for a, b in zip(starts["plateau-s0"], starts["plateau-s1"]))
+
+
+def test_finished_runs_are_left_alone(compared, bands, monkeypatch, capsys):
+    folder, _ = compared
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert main(argv(bands, folder.parent)) == 0
+    assert capsys.readouterr().out.count("is finished") == 4
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert main(argv(bands, folder.parent, "--momentum", "0.5")) == 2
+    assert "was made with momentum 0.9" in capsys.readouterr().err
+
+
+def test_a_comparison_that_was_killed_goes_on_and_gives_the_same_table(compared, bands, tmp_path, monkeypatch):
+    after_batch = callbacks.EpochRecorder.after_batch
+
+    def stop(self):
+        if (self.epoch, self.iter) == (1, 1) and len(started) == 3:
+            raise KeyboardInterrupt
+        after_batch(self)
+
+    started, before_fit = [], callbacks.Progress.before_train
+    with monkeypatch.context() as m:
+        m.setattr(callbacks.Progress, "before_train", lambda self: (self.epoch or started.append(1), before_fit(self)))
+        m.setattr(callbacks.EpochRecorder, "after_batch", stop)
+        assert main(argv(bands, tmp_path)) == 130
+    assert not (tmp_path / "both/comparison.csv").exists() and (tmp_path / "both/one_cycle-s0/env.json").exists()
+    (tmp_path / "both/one_cycle-s1").mkdir()  # killed before it had settings
+    assert main(argv(bands, tmp_path)) == 0
+    assert untimed(tmp_path / "both/comparison.csv") == untimed(compared[0] / "comparison.csv")
+
+
+def test_finished_runs_of_anywhere_are_compared(compared, tmp_path, capsys):
+    folder, _ = compared
+    assert compare.main([str(folder), "--out", str(tmp_path / "again")]) == 0
+    names = ["test_acc", "variant", "seed"]
+    pick = lambda path: sorted([row[n] for n in names] for row in rows_of(path))
+    assert pick(tmp_path / "again/comparison.csv") == pick(folder / "comparison.csv")
+    assert compare.main([str(folder / "plateau-s0"), str(folder / "one_cycle-s0"), "--out", str(tmp_path)]) == 0
+    assert "cannot tell chance from a difference" in (tmp_path / "comparison.md").read_text()
+    capsys.readouterr()
+    assert compare.main([str(tmp_path), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path) in err
+
+
+def test_a_variant_that_diverges_is_named_and_the_others_compared(bands, tmp_path, capsys):
+    few = "--size 32 --model small --epochs 1 -b 16 --gallery 0 --lr 0.05 1e12".split()
+    assert main(["--data", str(bands), "--out", str(tmp_path), "--name", "x", *few]) == 3
+    assert "Not finished, and left out" in (tmp_path / "x/comparison.md").read_text()
+    assert [row["variant"] for row in rows_of(tmp_path / "x/comparison.csv")] == ["plateau"]
+
+
+def test_axes_multiply_and_name_the_runs():
+    found = config.variants("--data digits --optimizer sgd adam --momentum .75 .9 --seeds 3 4 -b 32".split())
+    assert [c.name for c in found[:3]] == ["sgd-0.75-s3", "sgd-0.75-s4", "sgd-0.9-s3"] and len(found) == 8
+    assert {c.out for c in found} == {"runs/digits-sgd-0.75_vs_sgd-0.9_vs_adam-0.75_vs_adam-0.9"}
+    restarts = config.variants("--schedule one_cycle warm_restarts".split())[1]
+    assert restarts.cycle_length == 1 / 7 and restarts.schedule == "warm_restarts" and restarts.seeds == (0,)
+    (single,) = config.variants(["--schedule", "one_cycle"])
+    assert single.name == "" and single.out == "runs"
+    with pytest.raises(BadInput, match="twice"):
+        config.variants("--momentum 0.9 .90".split())
+    with pytest.raises(BadInput, match="did you mean plateau"):
+        config.variants("--schedule one_cycle platau".split())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
+def test_intervals_are_scipys(pairs):
+    a, b = np.array(pairs).T
+    if np.ptp(b - a) < 1e-6:
+        return
+    theirs = scipy.stats.ttest_rel(b, a).confidence_interval(0.95)
+    mean, half = compare.interval(b - a)
+    np.testing.assert_allclose([mean - half, mean + half], theirs, rtol=1e-6, atol=1e-9)
+    sentence = compare.verdict("x", "y", b - a)
+    assert ("no difference seen" in sentence) == (theirs[0] <= 0 <= theirs[1])
