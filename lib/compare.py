@@ -104,6 +104,8 @@ def verdict(first, name, differences):
     """What the paired differences in test accuracy between two variants say, in a sentence."""
     mean, half = interval(differences)
     n = len(differences)
+    if n > 1 and not np.any(differences):
+        return f"{name} equals {first} in all {n} seeds."
     if half is None:
         return f"{name} against {first}: one common seed, which cannot tell chance from a difference ({mean:+.4f})."
     if abs(mean) <= half:

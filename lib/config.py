@@ -14,6 +14,7 @@ SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = (
     "plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch"
 )  # fmt: skip
+LR_SCALES = ("exponential", "linear")
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MODELS = ("small", "medium", "large")
@@ -90,6 +91,9 @@ class Config:
     )
     lr_suggest: str = option("steep", "which suggestion of the range test is used", choices=SUGGESTIONS)
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
+    lr_scale: str = option("exponential", "how the rates of the range test rise", choices=LR_SCALES)
+    lr_high: float = option(None, "last rate of the range test (exponential 10, linear 0.2)", kind=float, low=1e-4)
+    lr_find_on: str = option("train", "whose loss the range test looks at", choices=("train", "valid"))
     optimizer: str = option("sgd", "sgd (with momentum), nesterov, rmsprop, adagrad, adam", choices=OPTIMIZERS)
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
@@ -154,6 +158,7 @@ class Config:
 
     def __post_init__(self):
         own = {**COMMON, **SOURCES.get(self.data, {}), **BY_SCHEDULE.get(self.schedule, {})}
+        own["lr_high"] = 0.2 if self.lr_scale == "linear" else 10.0
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is None and f.name in own:

@@ -74,7 +74,8 @@ def save_train_batch(learn, run, most=32):
 
 def range_test(learn, config, run):
     """Runs the range test, writes lr_find.csv and lr_find.png, and returns the rate that `--lr-suggest` names."""
-    found = learn.lr_find(num_it=config.lr_iters)
+    linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
+    found = learn.lr_find(1e-5, config.lr_high, config.lr_iters, linear=linear, on_valid=on_valid)
     lr = found.suggestions[config.lr_suggest]
     write_csv(run / "lr_find.csv", found.rows())
     figure = plots.lr_find(
@@ -84,6 +85,8 @@ def range_test(learn, config, run):
         found.suggestions,
         config.lr_suggest,
         f"Learning rate range test: {run.path.name}",
+        linear,
+        "valid loss" if on_valid else "training loss",
     )
     write_figure(run / "lr_find.png", figure)
     all_four = ", ".join(f"{name} {rate:.3g}" for name, rate in found.suggestions.items())

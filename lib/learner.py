@@ -234,11 +234,11 @@ class SGDLearner(Learner):
         twin.training = True
         return twin
 
-    def lr_find(self, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, **fastais):
+    def lr_find(self, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, **fastais):
         """The LR range test: see `lr_range.find`. fastai's `suggest_funcs` and `show_plot` are taken and not needed."""
         from lib import lr_range
 
-        return lr_range.find(self, start_lr, end_lr, num_it, stop_div)
+        return lr_range.find(self, start_lr, end_lr, num_it, stop_div, linear, on_valid)
 
 
 def pick_device(config):

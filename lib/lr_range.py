@@ -40,21 +40,24 @@ class RangeTest:
         ]
 
 
-def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True):
+def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False):
     """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
 
-    One batch for each of `num_it` rates in geometric progression from `start_lr` to `end_lr`, in the order and with the
-    augmentation of the epochs to come. Ends early where the loss diverges. Raises BadInput where the loss never falls.
+    One batch for each of `num_it` rates in geometric progression (or `linear`: in equal steps, as Smith's) from
+    `start_lr` to `end_lr`, in the order and with the augmentation of the epochs to come. The loss is that of the batch;
+    or, `on_valid`, of the first valid batch after the step, in eval mode. Ends early where it diverges. Raises BadInput
+    where it never falls.
     """
     if num_it < 10:
         raise ValueError(f"a range test needs at least 10 batches, not {num_it}")
-    lrs, losses, epochs = run(learn, np.geomspace(start_lr, end_lr, num_it), stop_div)
+    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
+    lrs, losses, epochs = run(learn, lrs, stop_div, on_valid)
     smooth = smoothed(losses, num_it * SMOOTHING)
     check_fall(losses, smooth)
     return RangeTest(lrs, losses, smooth, epochs, **suggest(lrs, smooth, num_it))
 
 
-def run(learn, lrs, stop_div=True):
+def run(learn, lrs, stop_div=True, on_valid=False):
     """(rates, raw losses, epochs begun) of one mock training step a rate; leaves no trace in `learn`."""
     dl, losses, epochs, best = learn.dls.train, [], 0, math.inf
     if len(dl) == 0:
@@ -64,13 +67,14 @@ def run(learn, lrs, stop_div=True):
     with torch.random.fork_rng(cuda):
         probe = learn.probe()
         probe.model.train()
+        held = [next(iter(learn.dls.valid))] if on_valid else []
         try:
             while len(losses) < len(lrs):
                 epochs += 1
                 for i, batch in enumerate(dl):
                     probe.opt.set_hypers(lr=float(lrs[len(losses)]))
                     probe.one_batch(i, batch)
-                    losses.append(probe.loss.item())
+                    losses.append(probe.loss_and_accuracy(held)[0] if on_valid else probe.loss.item())
                     recent = np.mean(losses[-5:])
                     best = min(best, recent)
                     if len(losses) == len(lrs) or (stop_div and not recent <= DIVERGED * best):

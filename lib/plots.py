@@ -104,11 +104,14 @@ def lr_find(
     suggestions,  # {rule: learning rate}
     used,  # the rule whose suggestion is used
     title="Learning rate range test",
+    linear=False,  # whether the rates rose in equal steps
+    what="training loss",
 ):
     """The range test: raw and smoothed loss over the rate, each rule's suggestion, the used one named."""
     figure, ((ax,),) = axes(9, 5.5)
-    ax.semilogx(lrs, losses, color=BLUE, alpha=0.35, lw=1, label="loss of each batch")
-    ax.semilogx(lrs, smooth_losses, color=BLUE, lw=2, label="smoothed")
+    ax.plot(lrs, losses, color=BLUE, alpha=0.35, lw=1, label="loss at each batch")
+    ax.plot(lrs, smooth_losses, color=BLUE, lw=2, label="smoothed")
+    ax.set_xscale("linear" if linear else "log")
     for (name, lr), colour, marker in zip(suggestions.items(), (ORANGE, GREEN, VERMILION, "#CC79A7"), "osD^"):
         y = np.interp(np.log(lr), np.log(lrs), smooth_losses)
         label = f"{name}: {lr:.3g}" + ("  (used)" if name == used else "")
@@ -117,7 +120,7 @@ def lr_find(
     low, high = np.nanmin(smooth_losses), max(smooth_losses[: max(len(lrs) // 2, 1)])
     ax.set(
         xlabel="learning rate",
-        ylabel="training loss",
+        ylabel=what,
         ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)),
     )
     ax.set_title(title, parse_math=False)

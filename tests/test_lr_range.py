@@ -38,11 +38,28 @@ def test_raw_losses_are_pytorch_lr_finders(make):
     assert found.epochs == -(-n // len(learn.dls.train))
 
 
-def test_it_leaves_no_trace(make):
+def test_linear_rates_and_valid_losses_are_pytorch_lr_finders(make):
+    _, learn = make("-b", 16)
+    batches, valid = Batches(learn.dls.train).batches, Batches(learn.dls.valid).batches[:1]
+    learn.dls.train.epoch = 0
+    n = len(batches)
+    model = learn.probe().model
+    optimizer = torch.optim.SGD(learn.splitter(model)[0], lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer.add_param_group(dict(params=learn.splitter(model)[1], weight_decay=0.0))
+    lrs, losses, _ = lr_range.run(learn, np.linspace(1e-3, 0.1, n), stop_div=False, on_valid=True)
+    finder = LRFinder(model, optimizer, torch.nn.CrossEntropyLoss(), "cpu")
+    loaders = [torch.utils.data.DataLoader(b, batch_size=None) for b in (batches, valid)]
+    finder.range_test(loaders[0], loaders[1], 1e-3, 0.1, n, step_mode="linear", smooth_f=0, diverge_th=1e9)
+    theirs = np.array(finder.history["loss"]) / len(valid[0][1])  # it divides by the number of batches
+    assert np.allclose(lrs, finder.history["lr"], rtol=1e-9) and np.allclose(losses, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(linear=True, on_valid=True, end_lr=0.2)])
+def test_it_leaves_no_trace(make, options):
     _, learn = make()
     learn.fit(1, 0.1)  # so that there is an optimizer state, and a record
     before = state_of(learn)
-    learn.lr_find(num_it=30)
+    learn.lr_find(num_it=30, **options)
     assert state_of(learn) == before
 
 
