@@ -7,6 +7,7 @@ uv run train_fastai.py --help                every setting
 """
 
 import sys
+from pathlib import Path
 
 from lib import config as settings
 
@@ -47,8 +48,8 @@ def train(config):
         print(learner.banner(config, facts, "nothing is written: dry run"))
         return 0
 
+    past = checkpoint.load(Path(config.resume).expanduser() / "weights/last.pt") if config.resume else None
     run = runs.reopen(config, **facts) if config.resume else runs.start(config, **facts)
-    past = checkpoint.load(run / "weights/last.pt")
     print(learner.banner(config, facts, run.path))
     if past:
         lr = run.env["lr"]

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
@@ -14,6 +15,11 @@ from lib.config import OneLine
 from lib.schedules import Plateau
 
 CHECK_EVERY = 50  # batches between looks at the losses: each look waits for the device
+
+
+def mixed(*numbers):
+    """One seed of 32 bits (torch's CPU generator takes no more) from several whole numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class Diverged(OneLine):
@@ -56,17 +62,18 @@ class EpochRecorder(Callback):
         self.loss_sum, self.correct, self.n, self.n_batches = 0.0, 0, 0, len(self.dl)
 
     def before_batch(self):
-        if self.learn.training and self.learn.iter == 0:  # the schedule has set those of the first step by now
-            hypers = self.learn.opt.hypers[0]
-            self.now |= {"lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
+        learn = self.learn
+        if learn.training:  # the schedule has set what this step is made with; behind it a warm-up takes its part back
+            vars(self)["rate"] = learn.opt.opt.param_groups[0]["lr"]
+            if learn.iter == 0:
+                self.now |= {"lr": self.rate, "momentum": learn.opt.hypers[0].get("mom", 0.0)}
 
     def after_batch(self):
         learn = self.learn
         if not learn.training:
             return
         correct = (learn.pred.detach().argmax(-1) == learn.yb[0]).sum()
-        lr = learn.opt.opt.param_groups[0]["lr"]
-        self.pending.append((learn.iter, lr, len(learn.yb[0]), learn.loss, correct))
+        self.pending.append((learn.iter, self.rate, len(learn.yb[0]), learn.loss, correct))
         if len(self.pending) >= CHECK_EVERY:
             self.check()
 
@@ -147,7 +154,9 @@ class Scheduled(Callback):
         learn = self.learn
         if learn.training:
             hypers = self.at(learn.epoch + learn.iter / learn.n_iter)
-            learn.opt.set_hypers(**{k: v for k, v in hypers.items() if k in learn.opt.hypers[0]})
+            if not learn.has_momentum:
+                hypers.pop("mom", None)
+            learn.opt.set_hypers(**hypers)
 
 
 class WarmUp(Callback):
@@ -228,6 +237,7 @@ class ReduceLROnPlateau(Callback):
         new = [n if o - n > self.eps else o for o, n in zip(old, new)]
         self.opt.set_hypers(lr=new)
         if new != old:
+            self.old_lr = old[0]
             self.reductions.append((self.epoch + 1, new[0]))
 
     def state_dict(self):
@@ -260,11 +270,11 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
 
     def reduce(self):
         dl = self.learn.dls.train
-        old, new = dl.bs, max(min(round(dl.bs / self.factor), self.max_batch_size), dl.bs)
+        old, new = dl.bs, max(min(max(round(dl.bs / self.factor), dl.bs + 1), self.max_batch_size), dl.bs)
         if new > old:
             dl.bs = new
             self.growths.append((self.epoch + 1, new))
-        if new == self.max_batch_size:
+        if new >= self.max_batch_size:
             super().reduce(min(self.factor * new / old, 1.0))
 
     def after_fit(self):
@@ -307,7 +317,7 @@ class GradNoise(Callback):
             learn.scaler.unscale_(learn.opt.opt)
         sigma = math.sqrt(self.eta / (1 + step) ** self.decay)
         parameters = [p for p in learn.model.parameters() if p.grad is not None]
-        generator = torch.Generator(parameters[0].device).manual_seed((self.seed << 32) | step)
+        generator = torch.Generator(parameters[0].device).manual_seed(mixed(self.seed, step))
         for p in parameters:
             noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
             p.grad.add_(noise, alpha=sigma)
@@ -380,7 +390,7 @@ class Progress(Callback):
         if self.training:
             self.tqdm.update()
             if not self.recorder.pending:
-                self.tqdm.set_postfix(loss=f"{self.recorder.latest:.3f}", lr=f"{self.opt.hypers[0]['lr']:.3g}")
+                self.tqdm.set_postfix(loss=f"{self.recorder.latest:.3f}", lr=f"{self.recorder.rate:.3g}")
 
     def after_train(self):
         self.close()
@@ -396,7 +406,8 @@ class Progress(Callback):
         owner = next((cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)), None)
         for name, changes in (("lr", owner.reductions), ("batch_size", getattr(owner, "growths", []))) if owner else ():
             if changes and changes[-1][0] == rows[-1]["epoch"]:
-                change = f"{name.replace('_', ' ')} {rows[-1][name]:.3g} -> {changes[-1][1]:.3g}"
+                old = owner.old_lr if name == "lr" else rows[-1][name]
+                change = f"{name.replace('_', ' ')} {old:.4g} -> {changes[-1][1]:.4g}"
                 print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
         if self.on_epoch:
             self.on_epoch(rows)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import sys
 
 import torch
@@ -81,6 +82,7 @@ def load(path):
                 continue
             if faults:
                 print(f"warning: {faults[0]}; going on from the one before it", file=sys.stderr)
+                os.replace(file, path)  # else the next save would put the damaged one in its place
             return state
     if faults:
         raise BadInput(f"{'; '.join(faults)}; remove the run folder and train anew")

@@ -5,21 +5,22 @@ python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs
 
 import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from lib.config import AXES, BadInput, parse
+from lib.config import AXES, BadInput, Config, one_line, read_file, resumed
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
     "variant", "seed", "test_acc", "last_test_acc", "valid_acc", "best_epoch", "epochs_to_target", "seconds_to_target",
     "train_seconds", "lr", "optimizer_state_bytes", "folder",
 )  # fmt: skip
-ASIDE = ("seeds", "out", "name", "cache", "resume", "device", "workers", "progress", "gallery")  # do not tell variants
+# Settings that do not tell variants, and those that a comparison may be gone on with under other values.
+ASIDE = ("seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run")
+FREE = ("out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only")
+NEEDED = ("test_acc", "last_test_acc", "valid_acc", "chosen_on", "target", "epochs_to_target", "train_seconds")
 
 
 def run(configs, train):
@@ -33,20 +34,27 @@ def run(configs, train):
         path = Path(config.out).expanduser() / config.name
         folders.append(path)
         if (path / "env.json").exists():
-            kept = yaml.safe_load((path / "args.yaml").read_text())
+            kept = Config(**read_file(path / "args.yaml")).to_dict()
             for name, value in config.to_dict().items():
-                if name not in ("out", "resume", "cache", "device", "workers", "threads", "progress") and (
-                    kept.get(name) != value
-                ):
-                    raise BadInput(f"{path}: was made with {name} {kept.get(name)}, not {value}; pass another --name")
+                if name not in FREE and kept[name] != value:
+                    raise BadInput(f"{path}: was made with {name} {kept[name]}, not {value}; pass another --name")
             if (path / "summary.json").exists():
                 print(f"{path}: is finished", flush=True)
                 continue
-            config = parse(["--resume", str(path)])
+            here = {name: getattr(config, name) for name in ("cache", "device", "workers", "progress", "dry_run")}
+            config = resumed({"resume": str(path), **here})
         elif path.exists():
-            shutil.rmtree(path)  # cut short before it had settings
+            try:  # a run that was cut short before it had settings
+                (path / "args.yaml").unlink(missing_ok=True)
+                path.rmdir()
+            except OSError:
+                raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name") from None
         print(f"\nrun {i + 1} of {len(configs)}: {path.name}", flush=True)
-        status = max(status, train(config))
+        try:
+            status = max(status, train(config))
+        except BadInput as e:  # the other runs are none the worse for it
+            print(f"error: {path.name}:", *str(e).split(), file=sys.stderr)
+            status = max(status, 2)
     if not (configs[0].dry_run or configs[0].lr_find_only):
         report(folders, folders[0].parent)
     return status
@@ -56,26 +64,34 @@ def load(folder):
     """A finished run from its folder: {args, env, rows, summary}; None where it is not finished."""
     folder = Path(folder)
     try:
-        args = yaml.safe_load((folder / "args.yaml").read_text())
-        env = json.loads((folder / "env.json").read_text())
+        args = Config(**read_file(folder / "args.yaml")).to_dict()
         if not (folder / "summary.json").exists():
             return None
+        env = json.loads((folder / "env.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())
         with open(folder / "results.csv", newline="") as f:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise BadInput(f"{folder}: is no run folder, or damaged ({' '.join(str(e).split())})") from None
+        [summary[name] for name in NEEDED], env["data_fingerprint"], rows[0]["test_acc"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        raise BadInput(f"{folder}: is no run folder, or damaged ({one_line(e)})") from None
     return {"folder": folder, "args": args, "env": env, "rows": rows, "summary": summary}
 
 
 def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and which those are."""
     names = [n for n in runs[0]["args"] if n not in ASIDE and len({repr(r["args"].get(n)) for r in runs}) > 1]
-    shown = [n for n in names if n in AXES] or names  # what follows from an axis is left out of the name
-    found = {}
-    for r in runs:
-        name = "-".join(str(r["args"][n]) for n in shown) or r["args"]["schedule"]
-        found.setdefault(name, []).append(r)
+    for shown in ([n for n in names if n in AXES], names):  # what follows from an axis is left out of the name
+        found = {}
+        for r in runs:
+            name = "-".join(str(r["args"][n]) for n in shown) or r["args"]["schedule"]
+            found.setdefault(name, []).append(r)
+        if all(len({repr(r["args"][n]) for r in group}) == 1 for group in found.values() for n in names):
+            break
+    for group in found.values():
+        seeds = [r["args"]["seeds"] for r in group]
+        if any(seeds.count(s) > 1 for s in seeds):
+            folders = ", ".join(str(r["folder"]) for r in group)
+            raise BadInput(f"{folders}: the same settings and seed more than once; leave out all but one")
     return found, names
 
 
@@ -158,12 +174,14 @@ def report(folders, out):
             rows.append({c: known[c] for c in COLUMNS})
     write_csv(out / "comparison.csv", rows)
     text, verdicts = table(variants)
-    prints = {r["env"]["data_fingerprint"] for r in runs}
+    prints, chosen = {r["env"]["data_fingerprint"] for r in runs}, {r["summary"]["chosen_on"] for r in runs}
+    lengths = sorted({len(r["rows"]) for r in runs})
     notes = [
         *verdicts,
         *([f"Not finished, and left out: {', '.join(missing)}."] if missing else []),
         *(["These runs saw different images: the comparison is not fair."] if len(prints) > 1 else []),
-        f"What differs: {', '.join(differ) or 'seeds alone'}. Accuracies are of {len(runs[0]['rows'])} epochs, mean ± "
+        *(["Test chose the weights (no held-out set), so test accuracies are too good."] if "test" in chosen else []),
+        f"What differs: {', '.join(differ) or 'seeds alone'}. Runs of {' and '.join(map(str, lengths))} epochs; mean ± "
         "standard deviation over n seeds; differences are paired by seed, with 95% intervals (Student's t).",
     ]
     write(out / "comparison.md", "\n\n".join([f"# {Path(out).resolve().name}", text, *notes]) + "\n")
@@ -188,7 +206,10 @@ def main(argv=None):
         for given in map(Path, args.runs):
             inside = sorted(p.parent for p in given.glob("*/args.yaml"))
             folders += inside if inside and not (given / "args.yaml").exists() else [given]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"--out {args.out}: cannot be made ({e.strerror})") from None
         report(folders, Path(args.out))
         return 0
     except BadInput as e:

@@ -15,12 +15,17 @@ SCHEDULES = (
     "plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch"
 )  # fmt: skip
 LR_SCALES = ("exponential", "linear")
+MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MODELS = ("small", "medium", "large")
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
-# What may change when a run is resumed: nothing that changes its result.
-FREE = ("resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery")
+# What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
+FREE = (
+    "resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery", "dry_run",
+    "lr_find_only",
+)  # fmt: skip
+RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True, "pct_start": 0.25, "cycle_length": 0.2}
@@ -149,7 +154,9 @@ class Config:
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
     resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
-    cache: str = option("", "folder for downloaded and unpacked data; default fastai's")
+    cache: str = option(
+        "", "folder for downloaded and unpacked data (default fastai's) and, if given, for decoded images"
+    )
     target: float = option(0.88, "test accuracy whose first epoch and second the summary names", low=0, high=1)
     gallery: int = option(25, "mistakes explained in gradcam.png", low=0, high=100)
     lr_find_only: bool = option(False, "stop after the range test")
@@ -157,6 +164,9 @@ class Config:
     progress: bool = option(True, "progress bar, on a terminal")
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            if f.name in ("data", "schedule"):
+                check(f, getattr(self, f.name))  # others' defaults depend on these
         own = {**COMMON, **SOURCES.get(self.data, {}), **BY_SCHEDULE.get(self.schedule, {})}
         own["lr_high"] = 0.2 if self.lr_scale == "linear" else 10.0
         for f in dataclasses.fields(self):
@@ -301,7 +311,7 @@ def resumed(flags):
     run = Path(flags["resume"]).expanduser()
     try:
         env = json.loads((run / "env.json").read_text(encoding="utf-8"))
-        found = {"threads": env["threads"], "precision": env["precision"], "size": env["size"]}
+        found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"--resume {run}: is no run folder, or its env.json is damaged ({one_line(e)})") from None
     kept = Config(**{**read_file(run / "args.yaml"), **found})
@@ -327,8 +337,8 @@ def read(argv):
     found = {**(read_file(path) if path else {}), **smoke, **flags}
     for name in AXES:
         values = found.get(name)
-        if isinstance(values, (list, tuple)) and len(values) == 1:
-            found[name] = values[0]
+        if isinstance(values, (list, tuple)) and len(values) < 2:
+            found[name] = values[0] if values else "nothing"
     return found
 
 

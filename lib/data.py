@@ -331,12 +331,13 @@ def get_dls(config, device="cpu"):
     try:
         root = root_folder(config)
         train, valid, test = find_images(root, config.valid_pct, config.split_seed)
+        items = train + (valid if valid is not test else []) + test
+        cache = cache_dir(config) if config.cache else None
+        store = Store([p for p, _ in items], size, root, cache=cache, spare=lambda: cache_dir(config))
     except OSError as e:
         raise BadInput(
             f"--data {config.data}: {one_line(e)}; make it readable, or pass another --data or --cache"
         ) from None
-    items = train + (valid if valid is not test else []) + test
-    store = Store([p for p, _ in items], size, root, cache=config.cache, spare=cache_dir(config))
     label, n = dict(items), len(train)
     splits = [list(range(n)), list(range(n, n + len(valid))), list(range(len(items) - len(test), len(items)))]
     mean, std = store.stats(splits[0])

@@ -147,8 +147,6 @@ def report(learn, config, run, rows, best):
     valid, test = outcome(learn, learn.dls.valid), outcome(learn, learn.dls.test)
     classes, run_name = list(learn.dls.vocab), run.path.name
     summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt)
-    write_json(run / "summary.json", summary)
-
     chosen_on = run.env["chosen_on"]
     title = f"{run_name}: {summary['test_acc']:.2%} of the test images right"
     values = [row[config.monitor] for row in rows]
@@ -174,6 +172,7 @@ def report(learn, config, run, rows, best):
         which = "All" if len(top) == len(wrong) else "The worst"
         heading = f"{run_name}: {which} {len(top)} of {len(wrong)} mistakes on {test[0].size:,} test images{noted}"
         write_figure(run / "gradcam.png", plots.gradcam(*explain(learn, top), top, heading))
+    write_json(run / "summary.json", summary)  # last: it says that all is there
     print(closing(config, summary, len(top), run.path), flush=True)
 
 
@@ -191,5 +190,5 @@ def closing(config, s, shown, path):
         f"accuracy ({s['valid_acc']:.4f}){chosen}\n"
         f"target {s['target']:g} of test accuracy {when}; {s['epochs']} epochs in {s['train_seconds']:.0f} s, "
         f"{s['images_per_second']:.0f} images/s\n"
-        f"{mistakes}; look at results.png, gradcam.png and the rest in {path}"
+        f"{mistakes}; look at results.png{', gradcam.png' if shown else ''} and the rest in {path}"
     )

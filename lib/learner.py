@@ -1,4 +1,4 @@
-"""SGDLearner: fastai's Learner with plain SGD, a true record, and evaluation that disturbs nothing."""
+"""SGDLearner: fastai's Learner with torch's optimizers, a true record, and evaluation that disturbs nothing."""
 
 import copy
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
-from lib.callbacks import EpochRecorder, GradNoise
-from lib.config import BadInput
+from lib.callbacks import EpochRecorder, GradNoise, mixed
+from lib.config import MOMENTUM, BadInput
 from lib.runs import cpu_name
 from lib.schedules import Plateau
 
@@ -61,7 +61,7 @@ OPTIMIZERS = {
 
 
 class SGDLearner(Learner):
-    """A Learner that trains with plain SGD: v = mom * v + (g + wd * w), w = w - lr * v (as torch's).
+    """A Learner that trains with plain SGD, v = mom * v + (g + wd * w), w = w - lr * v, or another of OPTIMIZERS.
 
     `learn.recorder.rows` holds a dict an epoch, the columns of results.csv. Raises `Diverged` on a non-finite loss.
     """
@@ -83,6 +83,7 @@ class SGDLearner(Learner):
     ):
         loss_func = loss_func or CrossEntropyLossFlat()
         self.dtype, self.scaler, self.accumulate = DTYPES[precision], None, accumulate
+        self.has_momentum = optimizer in MOMENTUM
         self.first_epoch = 0  # of the fit; more where a callback has put back the state of a fit that was cut short
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
@@ -156,6 +157,11 @@ class SGDLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+    def _do_epoch_train(self):
+        """As fastai's; what networks draw (dropout) is a function of (seed, epoch), as order and augmentation are."""
+        torch.manual_seed(mixed(getattr(self.dls.train, "seed", 0), self.epochs_trained))
+        super()._do_epoch_train()
 
     def _do_epoch(self):
         self._do_epoch_train()

@@ -19,7 +19,7 @@ class RangeTest:
     """What a range test saw, and the learning rates that fastai's four rules suggest from it."""
 
     lrs: np.ndarray  # (n,) learning rate of each batch
-    losses: np.ndarray  # (n,) raw training loss of each batch, before its step
+    losses: np.ndarray  # (n,) raw loss at each batch: its own before its step, or that of valid after it
     smooth_losses: np.ndarray  # (n,) the same, smoothed without delay
     epochs: int  # passes over the training images, complete or not, that it took
     valley: float
@@ -45,7 +45,7 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
 
     One batch for each of `num_it` rates in geometric progression (or `linear`: in equal steps, as Smith's) from
     `start_lr` to `end_lr`, in the order and with the augmentation of the epochs to come. The loss is that of the batch;
-    or, `on_valid`, of the first valid batch after the step, in eval mode. Ends early where it diverges. Raises BadInput
+    or, `on_valid`, of a sample of valid after the step, in eval mode. Ends early where it diverges. Raises BadInput
     where it never falls.
     """
     if num_it < 10:
@@ -67,7 +67,7 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     with torch.random.fork_rng(cuda):
         probe = learn.probe()
         probe.model.train()
-        held = [next(iter(learn.dls.valid))] if on_valid else []
+        held = [sample(learn.dls.valid)] if on_valid else []
         try:
             while len(losses) < len(lrs):
                 epochs += 1
@@ -81,6 +81,13 @@ def run(learn, lrs, stop_div=True, on_valid=False):
                         return np.asarray(lrs[: len(losses)]), np.array(losses), epochs
         finally:
             dl.epoch = epoch
+
+
+def sample(dl):
+    """A batch of images that lie evenly in `dl`, and so in its classes."""
+    n = len(dl.dataset)
+    at = np.linspace(0, n - 1, min(n, dl.bs)).astype(int).tolist()
+    return dl.after_batch(tuple(t.to(dl.device or "cpu") for t in dl.do_batch(at)))
 
 
 def smoothed(losses, width):

@@ -124,7 +124,8 @@ def cam_layer(model, size):
 
     def look(module, inputs, output):
         if torch.is_tensor(output) and output.dim() == 4 and output.shape[2] == output.shape[3] >= 4:
-            last[:] = [module]
+            if inputs[0].dim() != 4 or inputs[0].shape[2] >= output.shape[2]:  # an enlarged map says no more
+                last[:] = [module]
 
     training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
     example = next(model.parameters())

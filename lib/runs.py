@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.config import BadInput, data_name
+from lib.config import RESOLVED, BadInput, data_name, read_file
 
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
 
@@ -76,7 +76,11 @@ def whole_folder(path, pick=lambda part: part):
         part.mkdir()
         yield part
         if not path.exists():
-            pick(part).rename(path)
+            try:
+                pick(part).rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process was quicker
+                    raise
 
 
 def commit():
@@ -120,9 +124,9 @@ def environment():
 class Run:
     """One run folder: `run.path`, and `run.env`, the content of env.json."""
 
-    def __init__(self, path, config, env):
+    def __init__(self, path, config, env, **as_asked):
         self.path, self.env = path, env
-        write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": ""}, sort_keys=False))
+        write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": "", **as_asked}, sort_keys=False))
         self.note()
 
     def __truediv__(self, name):
@@ -173,6 +177,10 @@ def reopen(config, **facts):
     """The run folder `config.resume`, to go on in it. Raises BadInput where its data was other data."""
     path = Path(config.resume).expanduser()
     env = json.loads((path / "env.json").read_text(encoding="utf-8"))
-    if env["data_fingerprint"] != facts["data_fingerprint"]:
+    if env.get("data_fingerprint") != facts["data_fingerprint"]:
         raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
-    return Run(path, config, {**env, "resumed": [*env.get("resumed", []), environment()]})
+    kept = read_file(path / "args.yaml")
+    asked = {name: kept[name] for name in RESOLVED if name in kept}
+    now = {**environment(), **{name: facts[name] for name in ("device", "precision", "threads", "workers")}}
+    (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    return Run(path, config, {**env, "resumed": [*env.get("resumed", []), now]}, **asked)

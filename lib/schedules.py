@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from lib.config import MOMENTUM
+
 
 class Plateau:
     """Says "this is a plateau": the monitored value has not become better for more than `patience` steps.
@@ -201,7 +203,8 @@ def trace(config, steps_per_epoch, values=None):
     recorder = SimpleNamespace(metric_names=["epoch", config.monitor, "time"], values=[])
     callbacks = sorted(owners(config, config.lr), key=lambda cb: cb.order)
     learn = SimpleNamespace(
-        opt=Hypers(config.lr, config.momentum),
+        opt=Hypers(config.lr, config.momentum if config.optimizer in MOMENTUM else 0.0),
+        has_momentum=config.optimizer in MOMENTUM,
         recorder=recorder,
         cbs=callbacks,
         dls=SimpleNamespace(train=SimpleNamespace(bs=config.batch_size)),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ RESIZE_RULE = (
     "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
     "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
+PNG_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"sRGB"}  # those that change no pixel
+FORMAT = 1  # of the files of decoded images
 CHUNK = 256  # images that are decoded, and lie in memory, together
 MEMORY_SHARE = 0.5  # of the memory that is left: images that need more are kept in a file
 
@@ -78,18 +81,10 @@ def quick(content, size):
     if content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9"):
         bits, h, w, channels = jpeg_frame(content)
         plain = channels in (1, 3) and min(h, w) < 2 * size  # Pillow decodes larger ones at a fraction
-        plain = plain and not any(name in content for name in (b"Exif", b"Adobe", b"ICC_PROFILE"))
+        plain = plain and not any(name in content for name in (b"Exif", b"Adobe", b"ns.adobe.com", b"ICC_PROFILE"))
     elif content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 33:
         w, h, bits, kind = struct.unpack_from(">IIBB", content, 16)
-        plain = kind in (0, 2) and png_chunks(content) <= {
-            b"IHDR",
-            b"IDAT",
-            b"IEND",
-            b"pHYs",
-            b"tEXt",
-            b"tIME",
-            b"sRGB",
-        }
+        plain = kind in (0, 2) and png_chunks(content) <= PNG_CHUNKS
     else:
         return None
     if not plain or bits != 8 or not 0 < h * w <= MAX_PIXELS:
@@ -148,7 +143,7 @@ class Store:
         root=Path(),  # folder that `names` are relative to
         threads=None,  # decoding threads; None: one a core
         cache=None,  # folder of the files; None: memory, where the images fit
-        spare=None,  # folder of the files where memory is short
+        spare=lambda: None,  # gives the folder of the files where memory is short
     ):
         self.paths, self.size = list(paths), size
         self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
@@ -157,7 +152,7 @@ class Store:
         cv2.setNumThreads(0)
         threads = threads or os.cpu_count()
         if not cache and not self.fits():
-            cache = spare
+            cache = spare()
         if not cache:
             self.shapes, chunks, self.hash = self.read(threads)
             self.lay_out(chunks)
@@ -166,6 +161,8 @@ class Store:
         if not self.folder.is_dir():
             with whole_folder(self.folder) as part, open(part / "pixels", "wb") as f:
                 shapes, _, fingerprint = self.read(threads, f)
+                f.flush()
+                os.fsync(f.fileno())
                 np.save(part / "shapes.npy", shapes)
                 (part / "fingerprint.json").write_text(json.dumps(fingerprint))
         self.shapes = np.load(self.folder / "shapes.npy")
@@ -223,10 +220,10 @@ class Store:
 
     def key(self):
         """A hash of what says that files are still the same: names, sizes, times of change."""
-        h = hashlib.blake2b(digest_size=8)
-        for path, name in zip(self.paths, self.names):
+        h = hashlib.blake2b(repr((FORMAT, cv2.__version__, PIL.__version__)).encode(), digest_size=8)
+        for path in self.paths:
             found = os.stat(path)
-            h.update(f"{name!r} {found.st_size} {found.st_mtime_ns}\n".encode())
+            h.update(f"{str(path)!r} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n".encode())
         return h.hexdigest()
 
     def __len__(self):
@@ -273,13 +270,13 @@ def decode_all(paths, size):
 def memory_left():
     """Bytes that this process may still take, of the machine and of its control group (Linux); None: not known."""
     left = []
-    with suppress(OSError, ValueError, StopIteration):
+    with suppress(OSError, ValueError, IndexError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         left.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
-    with suppress(OSError, ValueError, StopIteration):
+    with suppress(OSError, ValueError, IndexError, StopIteration):
         group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2].lstrip("/")
         for folder in (Path("/sys/fs/cgroup", group), *Path("/sys/fs/cgroup", group).parents):
-            with suppress(OSError, ValueError, StopIteration):
+            with suppress(OSError, ValueError, IndexError, StopIteration):
                 most = int((folder / "memory.max").read_text())
                 lines = (folder / "memory.stat").read_text().splitlines()
                 left.append(most - int(next(line for line in lines if line.startswith("anon ")).split()[1]))

@@ -1,5 +1,6 @@
 import csv
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -91,6 +92,8 @@ def test_a_comparison_that_was_killed_goes_on_and_gives_the_same_table(compared,
     (tmp_path / "both/one_cycle-s1").mkdir()  # killed before it had settings
     assert main(argv(bands, tmp_path)) == 0
     assert untimed(tmp_path / "both/comparison.csv") == untimed(compared[0] / "comparison.csv")
+    assert main(argv(bands, tmp_path)) == 0  # the run that went on still belongs to it
+    assert "What differs: schedule." in (tmp_path / "both/comparison.md").read_text()
 
 
 def test_finished_runs_of_anywhere_are_compared(compared, tmp_path, capsys):
@@ -139,3 +142,50 @@ def test_intervals_are_scipys(pairs):
     np.testing.assert_allclose([mean - half, mean + half], theirs, rtol=1e-6, atol=1e-9)
     sentence = compare.verdict("x", "y", b - a)
     assert ("no difference seen" in sentence) == (theirs[0] <= 0 <= theirs[1])
+
+
+def test_what_is_in_the_way_is_left_there(bands, tmp_path, capsys):
+    mine = tmp_path / "both/plateau-s0/thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    assert main(argv(bands, tmp_path)) == 2
+    assert "is in the way" in capsys.readouterr().err and mine.read_text() == "years of work"
+
+
+def test_bad_input_of_one_variant_does_not_stop_the_others(tmp_path, capsys):
+    def train(config):
+        ran.append(config.name)
+        if config.schedule == "plateau":
+            raise BadInput("no fall")
+        return 0
+
+    ran, configs = [], config.variants(["--schedule", "plateau", "one_cycle", "--out", str(tmp_path), "--lr-find-only"])
+    assert compare.run(configs, train) == 2 and ran == ["plateau-s0", "one_cycle-s0"]
+    assert "error: plateau-s0: no fall" in capsys.readouterr().err
+
+
+def fake(seed=0, **args):
+    known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed]}
+    return {"args": known, "folder": f"{args}-{seed}"}
+
+
+def test_variants_are_named_by_what_varies_and_never_mixed():
+    runs = [fake(s, schedule=name) for name in ("plateau", "one_cycle") for s in (0, 1)]
+    assert {k: len(v) for k, v in compare.by_variant(runs)[0].items()} == {"plateau": 2, "one_cycle": 2}
+    runs.append(fake(0, label_smoothing=0.1))
+    assert list(compare.by_variant(runs)[0]) == ["plateau-0.0", "one_cycle-0.0", "plateau-0.1"]
+    with pytest.raises(BadInput, match="more than once"):
+        compare.by_variant([*runs, fake(0, label_smoothing=0.1)])
+
+
+@pytest.mark.parametrize("name", ["args.yaml", "env.json", "summary.json", "results.csv"])
+@pytest.mark.parametrize("content", ["", "[]", "{", "a\n1"])
+def test_a_damaged_run_is_one_line(name, content, compared, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(compared[0] / "plateau-s0", run)
+    (run / name).write_text(content)
+    if name == "args.yaml" and content in ("", "[]"):
+        return  # no settings at all: those of the defaults
+    assert compare.main([str(run), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "run" in err

@@ -54,6 +54,13 @@ def test_linear_rates_and_valid_losses_are_pytorch_lr_finders(make):
     assert np.allclose(lrs, finder.history["lr"], rtol=1e-9) and np.allclose(losses, theirs, rtol=1e-4)
 
 
+def test_the_sample_of_valid_has_all_classes(make):
+    _, learn = make("--valid-pct", 0.5)
+    learn.dls.valid.bs = 8
+    x, y = lr_range.sample(learn.dls.valid)
+    assert np.bincount(y).tolist() == [2, 2, 2, 2] and x.dtype == torch.float32
+
+
 @pytest.mark.parametrize("options", [{}, dict(linear=True, on_valid=True, end_lr=0.2)])
 def test_it_leaves_no_trace(make, options):
     _, learn = make()

@@ -49,7 +49,6 @@ def test_a_plain_png_has_the_pixels_that_pillow_gives(mode):
     for _ in range(20):
         h, w = RNG.integers(1, 70, 2)
         harmless = PngImagePlugin.PngInfo()
-        harmless.add_text("Title", "x")
         harmless.add(b"sRGB", b"\0")
         harmless.add(b"pHYs", struct.pack(">IIB", 100, 200, 1))
         content = encoded(Image.fromarray(smooth(h, w)).convert(mode), "png", pnginfo=harmless)
@@ -71,6 +70,9 @@ def special():
     yield "transparent colour", encoded(image, "png", transparency=(0, 0, 0))
     yield "palette", encoded(image.convert("P"), "png")
     yield "16 bits", encoded(Image.fromarray(np.full((9, 9), 60000, np.uint16)), "png")
+    named = PngImagePlugin.PngInfo()
+    named.add_text("XML:com.adobe.xmp", "<tiff:Orientation>6</tiff:Orientation>")
+    yield "text that may turn it", encoded(image, "png", pnginfo=named)
     yield "gamma", encoded(image, "png", pnginfo=gamma)
     yield "animated", encoded(image, "png", save_all=True, append_images=[image.rotate(90)])
     yield "gif", encoded(image, "gif")
@@ -150,7 +152,7 @@ def test_a_worker_process_maps_the_file_for_itself(ragged, tmp_path):
 def test_where_memory_is_short_the_images_lie_in_a_file(ragged, tmp_path, monkeypatch):
     for left, in_file in ((None, False), (10**9, False), (10**6, True)):
         monkeypatch.setattr(store, "memory_left", lambda left=left: left)
-        found = Store(ragged, 24, tmp_path, spare=tmp_path / "spare")
+        found = Store(ragged, 24, tmp_path, spare=lambda: tmp_path / "spare")
         assert hasattr(found, "folder") == in_file
     assert len(list((tmp_path / "spare").iterdir())) == 1
 
