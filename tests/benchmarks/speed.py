@@ -30,7 +30,7 @@ from fastai.vision.data import ImageBlock
 from fasttransform import Transform
 from torch import nn
 
-from lib import callbacks, checkpoint, config, data, learner, models, schedules
+from lib import callbacks, checkpoint, config, data, learner, lr_range, models, schedules
 from tests.benchmarks.common import generate, links, machine, save
 
 ROOT = Path(__file__).parents[2]
@@ -132,8 +132,8 @@ class Ours:
 
     def range_test(self):
         start = clock(self.dls.device)
-        images = len(self.learn.lr_find(stop_div=False, num_it=len(self.dls.train)).lrs) * self.settings.batch_size
-        return images / (clock(self.dls.device) - start)
+        lr_range.run(self.learn, np.geomspace(1e-5, 1e-2, len(self.dls.train)), stop_div=False)
+        return self.images / (clock(self.dls.device) - start)
 
 
 class Ceiling:
