@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.benchmarks.common import generate, machine, save
 
-ROWS = [(n, 32) for n in (10_000, 100_000, 200_000)] + [(2_000, side) for side in (32, 64, 128, 224)]
+ROWS = [(2_000, side) for side in (32, 64, 128, 224)] + [(n, 32) for n in (10_000, 100_000, 200_000)]
 
 
 def kilobytes(what):
@@ -70,7 +70,7 @@ def main():
                 out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
                 rows.append(json.loads(out.splitlines()[-1]))
                 print(rows[-1], flush=True)
-    save(args.out, {"command": "python -m tests.benchmarks.growth", "rows": rows, "machine": machine()})
+                save(args.out, {"command": "python -m tests.benchmarks.growth", "rows": rows, "machine": machine()})
 
 
 if __name__ == "__main__":
