@@ -22,7 +22,7 @@ from torch import nn
 from lib.callbacks import EpochRecorder, GradNoise, mixed
 from lib.config import MOMENTUM, BadInput
 from lib.runs import cpu_name
-from lib.schedules import Plateau
+from lib.schedules import Plateau, plateau_options
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -282,9 +282,7 @@ def build(config, dls, model, precision="float32", cbs=None):
     loss = CrossEntropyLossFlat(label_smoothing=config.label_smoothing)
     cbs = list(cbs or [])
     if config.grad_noise:
-        mode = "max" if config.monitor.endswith("acc") else "min"
-        counter = Plateau(mode, config.threshold, config.threshold_mode, config.patience_epochs, config.cooldown_epochs)
-        plateau = counter if config.perturb_on_plateau else None
+        plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
     return SGDLearner(
         dls,

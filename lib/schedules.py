@@ -65,7 +65,7 @@ def plateau(config, lr):
     """The rate stays, and falls by --factor on each plateau of --monitor."""
     from lib.callbacks import ReduceLROnPlateau
 
-    return ReduceLROnPlateau(config.monitor, **plateau_options(config))
+    return ReduceLROnPlateau(config.monitor, factor=config.factor, min_lr=config.min_lr, **plateau_options(config))
 
 
 def grow_batch(config, lr):
@@ -75,18 +75,18 @@ def grow_batch(config, lr):
     """
     from lib.callbacks import GrowBatchOnPlateau
 
-    return GrowBatchOnPlateau(config.max_batch_size, config.monitor, **plateau_options(config))
+    rate = dict(factor=config.factor, min_lr=config.min_lr)
+    return GrowBatchOnPlateau(config.max_batch_size, config.monitor, **rate, **plateau_options(config))
 
 
 def plateau_options(config):
+    """The options of the `Plateau` that `config` asks for."""
     return dict(
         mode="max" if config.monitor.endswith("acc") else "min",
-        factor=config.factor,
         patience=config.patience_epochs,
         threshold=config.threshold,
         threshold_mode=config.threshold_mode,
         cooldown=config.cooldown_epochs,
-        min_lr=config.min_lr,
     )
 
 
