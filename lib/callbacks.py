@@ -12,7 +12,7 @@ from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from lib.config import OneLine
-from lib.schedules import Plateau
+from lib.schedules import Plateau, grown
 
 CHECK_EVERY = 50  # batches between looks at the losses: each look waits for the device
 
@@ -270,7 +270,7 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
 
     def reduce(self):
         dl = self.learn.dls.train
-        old, new = dl.bs, max(min(max(round(dl.bs / self.factor), dl.bs + 1), self.max_batch_size), dl.bs)
+        old, new = dl.bs, grown(dl.bs, self.factor, self.max_batch_size)
         if new > old:
             dl.bs = new
             self.growths.append((self.epoch + 1, new))
