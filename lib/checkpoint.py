@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import sys
+import warnings
 
 import torch
 from fastai.callback.core import Callback
@@ -43,9 +44,9 @@ class Checkpoint(Callback):
                 learn.scaler.load_state_dict(state["scaler"])
             for cb in self.keepers():
                 cb.load_state_dict(state["callbacks"][cb.name])
-        except (KeyError, ValueError, RuntimeError) as e:
+            learn.epochs_trained = int(state["epochs_trained"])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as e:
             raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
-        learn.epochs_trained = state["epochs_trained"]
         learn.first_epoch = len(learn.recorder.rows)
 
     def after_epoch(self):
@@ -90,7 +91,9 @@ def load(path):
 
 
 def read(file):
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on files that it then refuses
+        state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise ValueError(f"not a checkpoint of format {FORMAT}")
     if state.pop("checksum", None) != checksum(state):

@@ -10,6 +10,10 @@ from PIL import Image
 
 from lib import config as settings
 from lib import data, learner, models
+from train_fastai import main
+
+# the options of a run of a second
+SMALL = ("--size", 16, "--model", "small", "-b", 8, "--epochs", 1, "--lr", 0.05, "--gallery", 2)
 
 
 def pytest_sessionstart(session):
@@ -61,6 +65,37 @@ def make(bands, parse):
         return config, learner.build(config, dls, models.build(config.model, len(dls.vocab)), precision, cbs)
 
     return make
+
+
+def good(root, classes=("a", "b"), n=8):
+    """Writes `n` images of each class under `root`."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        for i in range(n):
+            save(root / name / f"{i}.png", picture(rng, k % 4, 20, 20))
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return good(tmp_path / "photos")
+
+
+@pytest.fixture
+def refused(tmp_path, capfd, recwarn):
+    """refused(*argv) runs the command and returns its line: it must refuse, in one, and leave nothing but a cache."""
+
+    def refused(*argv):
+        before = set(tmp_path.rglob("*"))
+        assert main([*map(str, SMALL), "--out", str(tmp_path / "runs"), *map(str, argv)]) == 2
+        err = capfd.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and err[:-1].isprintable(), err
+        assert not [p for p in set(tmp_path.rglob("*")) - before if p.name != "runs" and "cache" not in p.parts]
+        told = [w for w in recwarn if "PIL" not in w.filename and w.category is not ResourceWarning]  # PIL's go nowhere
+        assert [str(w.message) for w in told] == []
+        return err
+
+    return refused
 
 
 def fingerprint(*things):

@@ -1,6 +1,5 @@
 import functools
 import http.server
-import io
 import random
 import tarfile
 import threading
@@ -15,7 +14,6 @@ from fastai.torch_core import TensorImage
 from PIL import Image
 
 from lib import data, store
-from lib.config import BadInput
 from tests.conftest import picture, save
 from train_fastai import main
 
@@ -95,31 +93,6 @@ def test_hidden_files_and_linked_folders_are_passed_over(tmp_path):
     assert sum(map(len, data.find_images(root, 0.1, 0))) == 18
 
 
-@pytest.mark.parametrize(
-    "sets, words",
-    [
-        ({}, "no images in class folders"),
-        ({"": {"a": 9}}, "only one class"),
-        ({"": {"a": 9, "b": 1}}, "class 'b' has too few images"),
-        ({"train": {"a": 9, "b": 9}, "test": {"a": 3, "c": 3}}, "class 'c' is not among those of train"),
-        ({"train": {"a": 9, "b": 9}, "val": {"a": 3}, "valid": {"a": 3}}, "keep one"),
-    ],
-)
-def test_bad_folders_are_refused_in_one_line(tmp_path, sets, words, capsys):
-    root = tree(tmp_path / "data", sets)
-    root.mkdir(exist_ok=True)
-    assert main(["--data", str(root), "--out", str(tmp_path / "runs")]) == 2
-    err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
-
-
-def test_an_empty_class_is_named(tmp_path):
-    root = tree(tmp_path, {"": {"a": 9, "b": 9}})
-    (root / "c").mkdir()
-    with pytest.raises(BadInput, match="c: no images"):
-        data.find_images(root, 0.1, 0)
-
-
 @pytest.mark.parametrize("kind", ["zip", "tgz", "tar.gz", "tar"])
 def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
     archive = tmp_path / f"my images.{kind}"
@@ -137,48 +110,12 @@ def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
     assert plain.store.fingerprint() == dls.store.fingerprint() == data.get_dls(config).store.fingerprint()
 
 
-def evil(kind):
-    member = tarfile.TarInfo({"up": "../escaped.txt", "absolute": "/tmp/escaped.txt"}.get(kind, "link"))
-    if kind == "link":
-        member.type, member.linkname = tarfile.SYMTYPE, "/etc"
-    return member
-
-
-def test_a_damaged_zip_is_refused_whole(tmp_path, parse):
-    archive = tmp_path / "x.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
-        z.writestr("a/0.png", bytes(picture(RNG, 0)))
-    content = bytearray(archive.read_bytes())
-    content[60:90] = b"\xff" * 30
-    archive.write_bytes(content)
-    with pytest.raises(BadInput, match="x.zip: cannot be unpacked"):
-        data.root_folder(parse("--data", archive, "--cache", tmp_path / "cache"))
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 def test_class_names_are_compared_in_one_form(tmp_path):
     root = tree(tmp_path, {"Train": {"caf\u00e9": 9, "b": 9}, "Val": {"cafe\u0301": 3, "b": 3}})
     (root / "LICENSE").write_text("")
     train, _, test = data.find_images(root, 0.1, 0)
     assert {c for _, c in train} == {c for _, c in test} == {"caf\u00e9", "b"}
     assert data.enter(tmp_path.parent / tmp_path.name) == tmp_path
-
-
-@pytest.mark.parametrize("kind", ["up", "absolute", "link", "damaged"])
-def test_an_evil_or_damaged_archive_is_refused_whole(tmp_path, parse, kind):
-    archive, out = tmp_path / "x.tgz", io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as t:
-        good = picture(RNG, 0).tobytes()
-        member = tarfile.TarInfo("pack/a/0.png")
-        member.size = len(good)
-        t.addfile(member, io.BytesIO(good))
-        if kind != "damaged":
-            t.addfile(evil(kind))
-    archive.write_bytes(out.getvalue() if kind != "damaged" else out.getvalue()[: len(out.getvalue()) // 2])
-    before = sorted(tmp_path.parent.rglob("*"))
-    with pytest.raises(BadInput, match="x.tgz"):
-        data.root_folder(parse("--data", archive, "--cache", tmp_path / "cache"))
-    assert set(tmp_path.parent.rglob("*")) - set(before) == {tmp_path / "cache"}
 
 
 def test_cifar10_is_downloaded_once_from_fastais_url(tmp_path, parse, monkeypatch):
@@ -272,22 +209,6 @@ def test_exif_rotation_sizes_and_shapes(tmp_path):
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
     out = store.decode(tmp_path / "a.png", 10)
     assert out.shape == (30, 10, 3) and out[:10].mean() > 245 and out[-10:].mean() < 10
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_a_file_that_is_no_image_is_named(tmp_path, content, capsys):
-    root = tree(tmp_path / "data", {"": {"a": 9, "b": 9}})
-    (root / "b" / "broken.png").write_bytes(content)
-    assert main(["--data", str(root), "--out", str(tmp_path / "runs")]) == 2
-    err = capsys.readouterr().err
-    assert "broken.png" in err and err.count("\n") == 1
-
-
-def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
-    save(tmp_path / "big.png", np.zeros((200, 300), np.uint8))
-    monkeypatch.setattr(store, "MAX_PIXELS", 50_000)
-    with pytest.raises(BadInput, match="300 x 200"):
-        store.decode(tmp_path / "big.png", 32)
 
 
 def test_statistics_are_those_of_the_training_images(make):
