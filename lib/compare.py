@@ -5,6 +5,7 @@ python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def run(configs, train):
     A run that was cut short goes on. Returns the exit status: 3 where one diverged, else 0. Raises BadInput where a
     folder holds a run with other settings.
     """
+    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise BadInput(
+            "a comparison under torchrun: start its runs one by one, then python -m lib.compare (docs/ranks.md)"
+        )
     status, folders = 0, []
     for i, config in enumerate(configs):
         path = Path(config.out).expanduser() / config.name
@@ -44,14 +49,14 @@ def run(configs, train):
             here = {name: getattr(config, name) for name in ("cache", "device", "workers", "progress", "dry_run")}
             config = resumed({"resume": str(path), **here})
         elif path.exists():
-            try:  # a run that was cut short before it had settings
-                (path / "args.yaml").unlink(missing_ok=True)
-                path.rmdir()
-            except OSError:
-                raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name") from None
+            raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name")
         print(f"\nrun {i + 1} of {len(configs)}: {path.name}", flush=True)
         try:
-            status = max(status, train(config))
+            found = train(config)
+            if found == 130:
+                print("the same command goes on with the comparison", file=sys.stderr)
+                return found
+            status = max(status, found)
         except BadInput as e:  # the other runs are none the worse for it
             print(f"error: {path.name}:", *str(e).split(), file=sys.stderr)
             status = max(status, 2)

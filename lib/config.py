@@ -23,7 +23,7 @@ MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 # What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
 FREE = (
     "resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery", "dry_run",
-    "lr_find_only",
+    "lr_find_only", "checkpoint_seconds",
 )  # fmt: skip
 RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
@@ -153,6 +153,9 @@ class Config:
     )
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
+    checkpoint_seconds: int = option(
+        600, "seconds between checkpoints within an epoch, at whose end there is one anyway; 0: none", low=0
+    )
     resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
     cache: str = option(
         "", "folder for downloaded and unpacked data (default fastai's) and, if given, for decoded images"

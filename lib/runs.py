@@ -126,6 +126,7 @@ class Run:
 
     def __init__(self, path, config, env, **as_asked):
         self.path, self.env = path, env
+        path.mkdir(exist_ok=True)
         write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": "", **as_asked}, sort_keys=False))
         self.note()
 
@@ -158,19 +159,26 @@ def name_of(config):
 
 
 def start(config, **facts):
-    """A new run folder under `config.out` (-2, -3 … behind a name that is taken) with args.yaml and env.json in it."""
-    name = config.name or name_of(config)
-    for i in range(1, 10_000):
-        path = Path(config.out).expanduser() / (name if i == 1 else f"{name}-{i}")
-        try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not path.is_dir():
-                raise BadInput(f"--out {config.out}: {path} is a file; pass another folder") from None
-        except OSError as e:
-            raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
-    return Run(path, config, {**environment(), **facts})
+    """A new run folder under `config.out` (-2, -3 … behind a name that is taken), made with args.yaml and env.json."""
+    name, out = config.name or name_of(config), Path(config.out).expanduser()
+    env = {**environment(), **facts}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
+            run = Run(Path(temporary) / name, config, env)
+            for i in range(1, 10_000):
+                path = out / (name if i == 1 else f"{name}-{i}")
+                try:
+                    if not os.path.lexists(path):
+                        run.path.rename(path)
+                        break
+                except OSError:
+                    if not path.exists():  # else another process was quicker
+                        raise
+    except OSError as e:
+        raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
+    run.path = path
+    return run
 
 
 def reopen(config, **facts):
