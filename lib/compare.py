@@ -15,8 +15,8 @@ from lib.config import AXES, BadInput, Config, one_line, read_file, resumed
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
-    "variant", "seed", "test_acc", "last_test_acc", "valid_acc", "best_epoch", "epochs_to_target", "seconds_to_target",
-    "train_seconds", "lr", "optimizer_state_bytes", "folder",
+    "variant", "seed", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
+    "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "folder",
 )  # fmt: skip
 # Settings that do not tell variants, and those that a comparison may be gone on with under other values.
 ASIDE = ("seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run")
@@ -85,11 +85,13 @@ def load(folder):
 def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and which those are."""
     names = [n for n in runs[0]["args"] if n not in ASIDE and len({repr(r["args"].get(n)) for r in runs}) > 1]
+    first = runs[0]["args"]
     for shown in ([n for n in names if n in AXES], names):  # what follows from an axis is left out of the name
         found = {}
         for r in runs:
-            name = "-".join(str(r["args"][n]) for n in shown) or r["args"]["schedule"]
-            found.setdefault(name, []).append(r)
+            words = [str(r["args"][n]) for n in shown if n in AXES]
+            words += [f"{n} {r['args'][n]}" for n in shown if n not in AXES and r["args"][n] != first[n]]
+            found.setdefault("-".join(words) or r["args"]["schedule"], []).append(r)
         if all(len({repr(r["args"][n]) for r in group}) == 1 for group in found.values() for n in names):
             break
     for group in found.values():
@@ -175,7 +177,13 @@ def report(folders, out):
     rows = []
     for name, group in variants.items():
         for r in group:
-            known = {**r["summary"], "variant": name, "seed": r["args"]["seeds"][0], "folder": r["folder"].name}
+            known = {
+                **r["summary"],
+                "last_train_acc": r["rows"][-1]["train_acc"],
+                "variant": name,
+                "seed": r["args"]["seeds"][0],
+                "folder": r["folder"].name,
+            }
             rows.append({c: known[c] for c in COLUMNS})
     write_csv(out / "comparison.csv", rows)
     text, verdicts = table(variants)
