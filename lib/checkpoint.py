@@ -17,6 +17,7 @@ from lib.config import BadInput, one_line
 from lib.runs import write
 
 FORMAT = 1  # of the checkpoint; another one is refused
+GRACE = 5  # seconds in which a second signal is torchrun's, which hands on what its processes have had already
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,7 +41,7 @@ class Checkpoint(Callback):
         every_seconds=0,  # within an epoch; 0: at its end alone
     ):
         self.path, self.state, self.every_seconds = path, state, every_seconds
-        self.signalled, self.evaluating = 0, False
+        self.signalled, self.evaluating = 0.0, False
 
     def keepers(self):
         return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")]
@@ -115,9 +116,12 @@ class Checkpoint(Callback):
         """Inside, Ctrl-C and SIGTERM do what the class says; behind it they have their former meaning again."""
 
         def stop(number, frame):
-            self.signalled += 1
-            if self.signalled > 1:
+            now = time.monotonic()
+            if self.signalled and now - self.signalled > GRACE * ranks.launched():
                 raise KeyboardInterrupt
+            if self.signalled:
+                return
+            self.signalled = now
             if self.evaluating:  # which changes nothing that is saved
                 self.save(self.learn.n_iter)
                 raise Interrupted

@@ -169,3 +169,37 @@ def test_torchrun_on_two_nodes(bands, tmp_path):
     args[-1] = "node"
     assert torchrun("--nproc-per-node", 2).wait(300) == 0
     equal(tmp_path / "nodes", tmp_path / "node")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_once_and_ends_all(number, bands, tmp_path):
+    """As a terminal does it (Ctrl-C goes to torchrun and to its processes), and as a batch system does."""
+    args = [
+        "train_fastai.py",
+        "--data",
+        bands,
+        "--out",
+        tmp_path,
+        *ARGS,
+        "--epochs",
+        500,
+        "--threads",
+        1,
+        "--name",
+        "run",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, *args]
+    with open(tmp_path / "said.txt", "w") as said:
+        torchrun = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=said, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/results.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if number == signal.SIGINT:
+        os.killpg(torchrun.pid, number)
+    else:
+        torchrun.send_signal(number)
+    assert torchrun.wait(60) != 0
+    assert "interrupted and saved" in (tmp_path / "said.txt").read_text()
+    saved = checkpoint.load(tmp_path / "run/weights/last.pt")
+    assert len(results(tmp_path / "run")) == saved["epochs_trained"] < 500
