@@ -15,6 +15,8 @@ from lib import config as settings
 
 def main(argv=None):
     """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 3 diverged, 130 interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no é stops no run
     try:
         configs = settings.variants(argv)
         if len(configs) == 1:
@@ -23,10 +25,15 @@ def main(argv=None):
 
         return compare.run(configs, train)
     except settings.BadInput as e:
-        print("error:", *str(e).split(), file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, MemoryError) or "out of memory" in str(e) or "t allocate memory" in str(e)):
+            raise
+        print(f"error: {settings.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
         return 2
     except settings.OneLine as e:
-        print("error:", *str(e).split(), file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; --resume and the run folder go on from its last checkpoint", file=sys.stderr)
@@ -38,6 +45,7 @@ def train(config):
     from lib import callbacks, checkpoint, data, evaluate, learner, models, ranks, runs, schedules, store
 
     models.check(config.model)
+    runs.check_out(config)
     device = learner.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
@@ -47,6 +55,7 @@ def train(config):
         learner.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab))
         models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
+        models.check_batches(model, config, len(dls.train.ids), dls.store.size, ranks.world())
         learn = learner.build(config, dls, model, precision)
         facts = learner.facts(config, learn, precision, threads)
         if config.dry_run:
@@ -63,6 +72,8 @@ def train(config):
             if past:
                 lr = run.env["lr"]
             else:
+                if dls.store.skipped:
+                    runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
                 evaluate.save_train_batch(learn, run)
                 run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
                 lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr

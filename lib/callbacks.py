@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lib import ranks
 from lib.config import OneLine
-from lib.schedules import Plateau
+from lib.schedules import Plateau, grown
 
 CHECK_EVERY = 50  # batches between looks at the losses: each look waits for the device
 
@@ -287,7 +287,7 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
 
     def reduce(self):
         dl = self.learn.dls.train
-        old, new = dl.bs, max(min(max(round(dl.bs / self.factor), dl.bs + 1), self.max_batch_size), dl.bs)
+        old, new = dl.bs, grown(dl.bs, self.factor, self.max_batch_size)
         if new > old:
             dl.bs = new
             self.growths.append((self.epoch + 1, new))

@@ -4,14 +4,13 @@ python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs
 """
 
 import csv
-import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from lib.config import AXES, BadInput, Config, one_line, read_file, resumed
+from lib.config import AXES, BadInput, Config, one_line, printable, read_file, read_json, resumed
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
@@ -58,7 +57,7 @@ def run(configs, train):
                 return found
             status = max(status, found)
         except BadInput as e:  # the other runs are none the worse for it
-            print(f"error: {path.name}:", *str(e).split(), file=sys.stderr)
+            print(f"error: {path.name}: {e}", file=sys.stderr)
             status = max(status, 2)
     if not (configs[0].dry_run or configs[0].lr_find_only):
         report(folders, folders[0].parent)
@@ -72,11 +71,11 @@ def load(folder):
         args = Config(**read_file(folder / "args.yaml")).to_dict()
         if not (folder / "summary.json").exists():
             return None
-        env = json.loads((folder / "env.json").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
+        env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-        [summary[name] for name in NEEDED], env["data_fingerprint"], rows[0]["test_acc"]
+        [float(summary[name] or 0) for name in NEEDED if name != "chosen_on"]
+        summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise BadInput(f"{folder}: is no run folder, or damaged ({one_line(e)})") from None
     return {"folder": folder, "args": args, "env": env, "rows": rows, "summary": summary}
@@ -204,7 +203,7 @@ def report(folders, out):
     }
     target = runs[0]["summary"]["target"]
     write_figure(out / "comparison.png", plots.comparison(curves, Path(out).resolve().name, target))
-    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {out}", flush=True)
+    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(out)}", flush=True)
 
 
 def main(argv=None):
@@ -226,7 +225,7 @@ def main(argv=None):
         report(folders, Path(args.out))
         return 0
     except BadInput as e:
-        print("error:", *str(e).split(), file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 2
 
 

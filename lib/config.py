@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MODELS = ("small", "medium", "large")
+BAD_IMAGES = ("fail", "skip")
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 # What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
 FREE = (
@@ -26,6 +28,9 @@ FREE = (
     "lr_find_only", "checkpoint_seconds",
 )  # fmt: skip
 RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
+PATHS = ("data", "out", "cache", "resume")
+MOST_TEXT = 10**6  # characters of a file of settings
+MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True, "pct_start": 0.25, "cycle_length": 0.2}
@@ -37,12 +42,18 @@ SOURCES = {
 BY_SCHEDULE = {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}
 
 
+def printable(text):
+    """`text` as one line that is only text to a terminal: line breaks, escape codes and the like are spelled out."""
+    spelled = lambda c: c.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() else spelled(c) for c in str(text))
+
+
 class OneLine(Exception):
     """An error whose text is the one line that the user reads, whatever fastai's callbacks put before it on its way."""
 
     def __init__(self, text):
-        super().__init__(text)
-        self.text = text
+        self.text = printable(text)
+        super().__init__(self.text)
 
     def __str__(self):
         return self.text
@@ -54,7 +65,7 @@ class BadInput(OneLine):
 
 def one_line(e):
     """An exception of a library as text for a `BadInput`."""
-    return " ".join(f"{type(e).__name__}: {e}".split())
+    return printable(" ".join(f"{type(e).__name__}: {e}".split()))
 
 
 def option(default, help, *flags, choices=None, low=None, high=None, kind=None):
@@ -73,10 +84,13 @@ class Config:
 
     data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive (.tgz .tar.gz .tar .zip) of one")
     schedule: str = option("plateau", "what drives the learning rate", choices=SCHEDULES)
+    bad_images: str = option(
+        "fail", "images that cannot be read: fail names the first; skip lists them in skipped.csv", choices=BAD_IMAGES
+    )
     seeds: tuple = option((0,), "one run for each: weights, order and augmentation", low=0, high=2**32 - 1, kind=int)
     split_seed: int = option(0, "seed of the split, where the data does not come split", low=0, high=2**32 - 1)
     epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
-    batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
+    batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1, high=10**6)
     model: str = option(
         None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)", kind=str
     )
@@ -131,7 +145,9 @@ class Config:
     )
     cycle_mult: float = option(2.0, "each cycle of warm_restarts is so many times the one before", low=1)
     cycle_div: float = option(4.0, "triangular rates begin at lr / cycle_div", low=1)
-    max_batch_size: int = option(1024, "batch size that grow_batch does not go above; there the rate shrinks", low=1)
+    max_batch_size: int = option(
+        1024, "batch size that grow_batch does not go above; there the rate shrinks", low=1, high=10**6
+    )
     accumulate: int = option(1, "batches whose mean loss makes one update", low=1, high=10_000)
     balanced_batches: bool = option(False, "each batch in the classes' proportions, as closely as can be")
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
@@ -179,6 +195,8 @@ class Config:
             object.__setattr__(self, f.name, check(f, value))
         if self.perturb_on_plateau and not self.grad_noise:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
+        if not self.data:
+            raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
         if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
             raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
 
@@ -201,9 +219,10 @@ def check(f, value):
     """`value` as the type of field `f`. Raises BadInput naming the setting where it is of another type or range."""
     if f.name == "seeds":
         many = value if isinstance(value, (list, tuple)) else [value]
-        if not many or len(set(map(str, many))) < len(many):
-            raise BadInput(f"{flag_of(f.name)}: one or several different whole numbers, not {value!r}")
-        return tuple(check_one(f, v) for v in many)
+        numbers = tuple(check_one(f, v) for v in many)
+        if not 0 < len(numbers) == len(set(numbers)):
+            raise BadInput(f"{flag_of(f.name)}: must be one or several different whole numbers, not {brief(value)}")
+        return numbers
     return check_one(f, value)
 
 
@@ -220,7 +239,7 @@ def check_one(f, value):
         ]
     if choices:
         what = " or ".join(filter(None, [what if numeric else "", ", ".join(choices)]))
-    bad = BadInput(f"{flag_of(f.name)}: must be {what}, not {value!r}" + guess(value, choices))
+    bad = BadInput(f"{flag_of(f.name)}: must be {what}, not {brief(value)}" + guess(value, choices))
     if choices and isinstance(value, str) and value in choices:
         return value
     if numeric:
@@ -233,14 +252,30 @@ def check_one(f, value):
         if (low is not None and number < low) or (high is not None and number > high):
             raise bad
         return number
-    if choices or not isinstance(value, kind) or (kind is str and not value.isprintable()):
+    if choices or not isinstance(value, kind) or (kind is str and not is_text(value)):
         raise bad
+    if f.name in PATHS and value.startswith("~") and os.path.expanduser(value).startswith("~"):
+        raise BadInput(f"{flag_of(f.name)}: {value} is the home of nobody; write the folder's path")
     return value
+
+
+def is_text(value):
+    """Whether `value` is one line of plain text: spaces and joiners of any script, no control or direction codes."""
+    return all(c.isprintable() or c in "\u200c\u200d" or unicodedata.category(c) == "Zs" for c in value)
+
+
+def brief(value):
+    """`repr(value)`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def guess(word, words):
     """' (did you mean …?)', or nothing."""
-    near = difflib.get_close_matches(str(word), words or (), 1)
+    near = difflib.get_close_matches(brief(word).strip("'"), words, 1) if words else ()
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -292,30 +327,53 @@ def read_file(path):
 
     try:
         with open(path, encoding="utf-8") as f:
-            found = yaml.safe_load(f) or {}
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise BadInput(f"--config {path}: cannot be read ({' '.join(str(e).split())})") from None
+            text = f.read(MOST_TEXT + 1)
+        if len(text) > MOST_TEXT:
+            raise ValueError(f"more than {MOST_TEXT:,} characters")
+        found = yaml.safe_load(text) or {}
+    except Exception as e:  # PyYAML raises its own, and what its constructors meet: IndexError, RecursionError, …
+        raise BadInput(f"--config {path}: cannot be read ({one_line(e)}); repair it, or pass another") from None
     if not isinstance(found, dict):
         raise BadInput(f"--config {path}: must hold 'setting: value' lines")
     names = [f.name for f in dataclasses.fields(Config)]
-    for key in found:
+    for key, value in found.items():
         if key not in names:
-            raise BadInput(f"--config {path}: unknown setting {key!r}" + guess(key, names))
+            raise BadInput(f"--config {path}: unknown setting {brief(key)}" + guess(key, names))
+        if any(isinstance(v, (list, dict, set)) for v in (value if isinstance(value, list) else [value])):
+            raise BadInput(f"--config {path}: {key} must be one value, or a list of values")
+    return found
+
+
+def read_json(path):
+    """The object in a JSON file that a run wrote. Raises ValueError, or OSError, where it holds anything else."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number")
+
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
     return found
 
 
 def data_name(config):
     """The name of the data, as names of folders have it."""
-    return Path(config.data).expanduser().resolve().name.split(".")[0] or "data"
+    name = os.path.basename(os.path.realpath(os.path.expanduser(config.data))).split(".")[0]
+    return "".join(c if c.isprintable() else "_" for c in name)[:50] or "data"
 
 
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
     run = Path(flags["resume"]).expanduser()
     try:
-        env = json.loads((run / "env.json").read_text(encoding="utf-8"))
+        env = read_json(run / "env.json")
         found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
+            raise ValueError("lr or resumed is not what a run writes")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise BadInput(f"--resume {run}: is no run folder, or its env.json is damaged ({one_line(e)})") from None
     kept = Config(**{**read_file(run / "args.yaml"), **found})
     config = dataclasses.replace(kept, **flags)
@@ -363,6 +421,8 @@ def variants(argv=None):
     if found.get("resume"):
         return [resumed(found)]
     axes = {name: found[name] for name in AXES if isinstance(found.get(name), (list, tuple))}
+    if math.prod(map(len, axes.values())) > MOST_VARIANTS:
+        raise BadInput(f"{', '.join(map(flag_of, axes))}: more than {MOST_VARIANTS:,} variants; name fewer values")
     runs = []
     for values in itertools.product(*axes.values()):
         config = Config(**{**found, **dict(zip(axes, values))})

@@ -1,13 +1,16 @@
 """From a source of images to fastai DataLoaders: train, valid, test."""
 
+import gzip
 import hashlib
 import os
 import random
+import shutil
 import sys
 import tarfile
 import unicodedata
 import zipfile
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -22,11 +25,15 @@ from PIL import Image
 
 from lib import ranks
 from lib.augment import AlbumentationsTransform, balanced_order, order, train_transforms
-from lib.config import BadInput, one_line
-from lib.runs import whole_folder
+from lib.config import BadInput, one_line, printable
+from lib.runs import whole_folder, write
 from lib.store import Store, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
+MAX_UNPACKED = 500_000_000_000  # bytes
+MAX_RATIO, SMALL = 100, 1 << 20  # an archive becomes at most so many times its size, or SMALL bytes
+MAX_HEADER = 1 << 22  # bytes of an archive that are read at once: tarfile reads long names whole
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
 TEST_PCT = 0.2  # of the images, where the data brings no test set
@@ -61,8 +68,27 @@ def cifar10(config):
                 ) from None
             if not check(checks, URLs.CIFAR, archive):
                 raise BadInput(f"{archive}: not the file that fastai knows (size, md5); remove it and try again")
+        check_record(archive)
         unpack(archive, folder)
     return folder
+
+
+def sha256(path):
+    """The SHA-256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def check_record(archive):
+    """Records the SHA-256 of a download beside it. Raises BadInput where it is not what was recorded at first."""
+    record, line = archive.with_name(f"{archive.name}.sha256"), f"{sha256(archive)}  {archive.name}\n"
+    if not record.exists():
+        write(record, line)
+    elif record.read_text(errors="replace") != line:
+        raise BadInput(
+            f"{archive}: is not what was first downloaded (its sha256 is not that in {record.name}); remove it and try "
+            "again, or remove both if you trust the new one"
+        )
 
 
 def digits(config):
@@ -90,11 +116,7 @@ def root_folder(config):
     if path.is_dir():
         return enter(path)
     if path.is_file() and path.name.lower().endswith(ARCHIVES):
-        digest = hashlib.sha256()
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-        folder = cache_dir(config) / f"{path.name.split('.')[0]}-{digest.hexdigest()[:16]}"
+        folder = cache_dir(config) / f"{path.name.split('.')[0]}-{sha256(path)[:16]}"
         if not folder.is_dir():
             unpack(path, folder)
         return enter(folder)
@@ -105,38 +127,40 @@ def root_folder(config):
 
 def enter(folder):
     """`folder`, or the single folder in it that holds all the class folders, as archives often have."""
-    inside = visible(folder)
-    folders = [p for p in inside if p.is_dir()]
-    images = any(p.suffix.lower() in EXTENSIONS for p in inside)
-    if len(folders) == 1 and not images and folders[0].name.lower() != "train":
-        if any(p.is_dir() for p in visible(folders[0])):
-            return enter(folders[0])
-    return folder
+    while True:
+        inside = visible(folder)
+        folders = [p for p in inside if p.is_dir() and not p.is_symlink()]
+        if len(folders) != 1 or folders[0].name.lower() == "train":
+            return folder
+        if any(p.suffix.lower() in EXTENSIONS for p in inside) or not any(p.is_dir() for p in visible(folders[0])):
+            return folder
+        folder = folders[0]
 
 
 def unpack(archive, folder):
     """Unpacks `archive` into the new `folder`.
 
-    Raises BadInput, with nothing left behind, on a damaged archive or a member that is not a plain file or folder.
+    Raises BadInput, with nothing left behind, on a damaged archive or where `fault_of` finds one in a member.
     """
     with whole_folder(folder, enter) as part:
+        most = min(max(MAX_RATIO * archive.stat().st_size, SMALL), MAX_UNPACKED, shutil.disk_usage(part).free)
+        total, made = 0, set()
         try:
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as z:
-                    links = [
-                        m.filename
-                        for m in z.infolist()
-                        if (m.external_attr >> 16) & 0o170000 not in (0, 0o100000, 0o040000)
-                    ]
-                    refuse(archive, z.namelist(), links)
-                    z.extractall(part)
-            else:
-                with tarfile.open(archive) as t:
-                    members = t.getmembers()
-                    refuse(
-                        archive, [m.name for m in members], [m.name for m in members if not (m.isfile() or m.isdir())]
-                    )
-                    t.extractall(part, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            for number, (name, size, fault, source) in enumerate(members(archive), 1):
+                total += size + 512  # a name is not free either
+                where = PurePosixPath(name.replace("\\", "/"))
+                target = part / where
+                fault = fault or fault_of(where, number, total, most)
+                if fault or (source and target.exists()):
+                    fault = fault or "is there twice"
+                    raise BadInput(f"--data {archive}: member {name!r} {fault}; the whole archive is refused")
+                above = target.parent if source else target
+                if above not in made:
+                    above.mkdir(parents=True, exist_ok=True)
+                    made.add(above)
+                if source:
+                    with source() as found, open(target, "xb") as f:
+                        copy(found, f, size)
         except BadInput:
             raise
         except Exception as e:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
@@ -145,12 +169,56 @@ def unpack(archive, folder):
             ) from None
 
 
-def refuse(archive, names, specials):
-    for name in specials:
-        raise BadInput(f"--data {archive}: member {name!r} is no plain file or folder; the whole archive is refused")
-    for name in names:
-        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
-            raise BadInput(f"--data {archive}: member {name!r} points outside; the whole archive is refused")
+def members(archive):
+    """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
+    special = "is no plain file or folder"
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as z:
+            for m in z.infolist():
+                plain = (m.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
+                fault = "is encrypted" if m.flag_bits & 1 else "" if plain else special
+                yield m.filename, m.file_size, fault, None if m.is_dir() else partial(z.open, m)
+        return
+    with open(archive, "rb") as f:
+        opener = BoundedGzip if f.read(2) == b"\x1f\x8b" else open
+    with opener(archive, "rb") as f, tarfile.open(fileobj=f, mode="r:") as t:
+        for m in t:
+            fault = "" if m.isdir() or (m.isreg() and not m.issparse()) else special
+            yield m.name, m.size, fault, None if m.isdir() else partial(t.extractfile, m)
+
+
+class BoundedGzip(gzip.GzipFile):
+    """A gzip file that gives no more than MAX_HEADER bytes at once, however many are asked for."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= MAX_HEADER:
+            raise ValueError(f"a name or header of {size:,} bytes")
+        return super().read(size)
+
+
+def fault_of(where, number, total, most):
+    """What is wrong with a member of an archive: its path, its number, the bytes so far; "" if nothing is."""
+    if where.is_absolute() or ".." in where.parts or str(where)[1:2] == ":":
+        return "points outside"
+    if len(where.parts) > MAX_DEPTH:
+        return f"lies more than {MAX_DEPTH} folders deep"
+    if number > MAX_MEMBERS:
+        return f"is one of more than {MAX_MEMBERS:,}"
+    if total > most:
+        return f"makes it {total:,} bytes; {most:,} are what its size ({MAX_RATIO} times), or the disk, allows"
+    return ""
+
+
+def copy(source, target, size):
+    """Copies the `size` bytes that a file has; raises ValueError where it has more or fewer."""
+    left = size
+    while block := source.read(min(left + 1, 1 << 20)):
+        left -= len(block)
+        if left < 0:
+            break
+        target.write(block)
+    if left:
+        raise ValueError(f"a member is not of the {size:,} bytes that it declares")
 
 
 # --- what is train, valid and test -----------------------------------------------------------------------------------
@@ -160,25 +228,50 @@ def visible(folder):
     return sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))), key=lambda p: p.name)
 
 
-def scan(folder):
-    """The images under `folder`, class by class: [(path, class name)], in an order that the names alone decide.
+def images_in(folder, odd):
+    """The images under `folder`. Links to images or folders, and devices named as images, are added to `odd`."""
+    found, ahead = [], [folder]
+    while ahead:
+        with os.scandir(ahead.pop()) as entries:
+            for entry in entries:
+                known = entry.name.lower().endswith(EXTENSIONS)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    ahead.append(entry.path)
+                elif known and entry.is_file(follow_symlinks=False):
+                    found.append(Path(entry.path))
+                elif known or entry.is_dir():
+                    odd.append(entry.path)
+    return sorted(found, key=Path.as_posix)
 
-    Each folder in it is a class. Hidden names and links to folders are passed over. Raises BadInput for an empty class.
+
+def scan(folder, without=frozenset()):
+    """The images under `folder` but those in `without`: [(path, class name)], in an order that the names alone decide.
+
+    Each folder in it is a class. Hidden names and links are passed over. Raises BadInput for an empty class.
     """
-    found = []
+    found, odd, notes, spelled = [], [], [], {}
     for sub in visible(folder):
-        if not sub.is_dir() or sub.is_symlink():
+        if not sub.is_dir():
             continue
-        files = []
-        for at, folders, names in os.walk(sub):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [Path(at, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
+        if sub.is_symlink():
+            odd.append(sub)
+            continue
+        files = [p for p in images_in(sub, odd) if p not in without]
         if not files:
             raise BadInput(
-                f"{sub}: no images ({' '.join(EXTENSIONS)}); remove the folder, or put images of its class in it"
+                f"{sub}: no images{' that can be read' if without else ''} ({' '.join(EXTENSIONS)}; links do not "
+                "count); remove the folder, or put images of its class in it"
             )
         label = unicodedata.normalize("NFC", sub.name)  # file systems differ in how they write é
-        found += [(path, label) for path in sorted(files, key=lambda p: p.relative_to(folder).as_posix())]
+        if spelled.setdefault(label, sub.name) != sub.name:
+            notes.append(f"{sub}: is the class {label!r} in other code points; the two folders are taken as one class")
+        found += [(path, label) for path in files]
+    if odd:
+        notes.append(f"{folder}: links and devices are passed over, {len(odd):,} in all, such as {odd[0]}")
+    for note in notes if not without else ():
+        print(printable(note), flush=True)
     return found
 
 
@@ -194,23 +287,30 @@ def split_off(items, pct, seed):
     return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
 
 
-def find_images(root, valid_pct, split_seed):
+def named_folders(root, *names):
+    return [p for p in visible(root) if p.is_dir() and p.name.lower() in names]
+
+
+def find_images(root, valid_pct, split_seed, without=frozenset()):
     """Three lists of (path, class) under `root`: train, valid, test. With valid_pct 0 and no valid set, valid is test.
 
     `train/` beside `valid|val|validation` and `test` is taken as it is; a single set beside `train/` is test; plain
     class folders, or `train/` alone, give 20% of each class to test. What is held out is stratified, by `split_seed`.
+    `without` are images to leave out.
     """
     root = Path(root)
-    folders = {p.name.lower(): p for p in visible(root) if p.is_dir()}
-    valids = [folders[n] for n in VALID_NAMES if n in folders]
-    if len(valids) > 1:
-        raise BadInput(f"{root}: has both {valids[0].name}/ and {valids[1].name}/; keep one")
-    test = [folders["test"]] if "test" in folders else []
-    split = "train" in folders
-    train = scan(folders.get("train", root))
+    trains, valids, test = (named_folders(root, *names) for names in (["train"], VALID_NAMES, ["test"]))
+    if not trains:
+        valids, test = [], []
+    for folders in (trains, valids, test):
+        if len(folders) > 1:
+            raise BadInput(f"{root}: has both {folders[0].name}/ and {folders[1].name}/; keep one")
+        if folders and folders[0].is_symlink():
+            raise BadInput(f"{folders[0]}: is a link, and links are not followed; put the folder itself there")
+    train = scan(trains[0] if trains else root, without)
     if not train:
         raise BadInput(f"{root}: no images in class folders; expected <class>/<image>, or train/<class>/<image>")
-    sets = [scan(s) for s in (valids + test if split else [])]
+    sets = [scan(s, without) for s in valids + test]
     classes = sorted({c for _, c in train})
     for folder, found in zip(valids + test, sets):
         if not found:
@@ -339,6 +439,16 @@ def image_size(config):
     return config.size if config.size != "auto" else 32 if config.data in SOURCES else 128
 
 
+def check_apart(config, root):
+    """Raises BadInput where what a run writes would lie among class folders, and be a class of the next run."""
+    root = root.resolve()
+    for name in ("out", "cache"):
+        written = Path(getattr(config, name) or root.parent).expanduser().resolve()
+        if written.is_relative_to(root) and not named_folders(root, "train"):
+            if not any(part.startswith(".") for part in written.relative_to(root).parts):
+                raise BadInput(f"--{name} {written}: lies among the class folders of {root}; pass another folder")
+
+
 def get_dls(config, device="cpu"):
     """`config.data` as DataLoaders `train`, `valid`, `test`, with `vocab` and `store`; images (n, 3, size, size).
 
@@ -347,16 +457,20 @@ def get_dls(config, device="cpu"):
     size = image_size(config)
     try:
         root = root_folder(config)
-        train, valid, test = find_images(root, config.valid_pct, config.split_seed)
-        items = train + (valid if valid is not test else []) + test
+        sets = find_images(root, config.valid_pct, config.split_seed)
+        check_apart(config, root)
+        paths = list(dict.fromkeys(path for images in sets for path, _ in images))  # valid may be test
         cache = cache_dir(config) if config.cache else None
-        store = Store([p for p, _ in items], size, root, cache=cache, spare=lambda: cache_dir(config))
+        skip = config.bad_images == "skip"
+        store = Store(paths, size, root, cache=cache, spare=lambda: cache_dir(config), skip=skip)
+        if store.skipped:  # split anew, so that each class has its share in each set
+            sets = find_images(root, config.valid_pct, config.split_seed, set(paths) - set(store.index))
     except OSError as e:
         raise BadInput(
             f"--data {config.data}: {one_line(e)}; make it readable, or pass another --data or --cache"
         ) from None
-    label, n = dict(items), len(train)
-    splits = [list(range(n)), list(range(n, n + len(valid))), list(range(len(items) - len(test), len(items)))]
+    label = dict(item for images in sets for item in images)
+    splits = [[store.index[path] for path, _ in images] for images in sets]
     mean, std = store.stats(splits[0])
     augment = AlbumentationsTransform(train_transforms(config, size, (mean * 255).tolist()), config.seed)
     block = DataBlock(

@@ -340,6 +340,7 @@ def facts(config, learn, precision, threads):
         "workers": dls.train.fake_l.num_workers,
         "size": dls.store.size,
         "images": {name: len(dl.dataset) for name, dl in sets.items()},
+        "skipped": len(dls.store.skipped),
         "classes": list(dls.vocab),
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
         "data_fingerprint": dls.store.fingerprint(),
@@ -350,6 +351,8 @@ def facts(config, learn, precision, threads):
 def banner(config, facts, where):
     """The first lines of a run."""
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
+    if facts["skipped"]:
+        images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"

@@ -1,5 +1,7 @@
 """Networks. Ours need torch alone, so that a trained one can be rebuilt anywhere."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -73,6 +75,7 @@ class SmallResNet(nn.Module):
         return self.stages[1]
 
 
+MOST = 65536  # of each number in a model.json
 # name -> constructor(n_classes, **args), args; multiply-adds are those of a 32 x 32 image
 MODELS = {
     "small": (SmallResNet, dict(stem=8, widths=(16, 32, 64))),
@@ -144,6 +147,33 @@ def cam_layer(model, size):
     return last[0]
 
 
+def check_batches(model, config, n, size, ranks=1):
+    """Raises BadInput where a batch, or a rank's slice of it, would be one image that `model` cannot be trained on.
+
+    BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image.
+    """
+    from lib.config import BadInput
+    from lib.schedules import batch_sizes
+
+    lone = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
+    sizes = batch_sizes(config)
+    if not any(map(lone, sizes)):
+        return
+    twin = copy.deepcopy(model).train()
+    try:
+        with torch.random.fork_rng([]), torch.no_grad():
+            twin(torch.zeros(1, 3, size, size))
+    except ValueError:
+        batch = next(
+            (b for b in range(config.batch_size + 1, 2 * max(config.batch_size, n) + 2) if not lone(b)), "more"
+        )
+        more = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
+        raise BadInput(
+            f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{more}, on which the "
+            f"BatchNorm of {config.model} cannot be trained at {size} pixels; pass another, such as {batch}"
+        ) from None
+
+
 def card(name, dls, resize_rule):
     """What rebuilds the trained network and feeds it: the content of weights/model.json."""
     ours = name in MODELS
@@ -159,8 +189,23 @@ def card(name, dls, resize_rule):
 
 
 def rebuild(card):
-    """The network that the content of weights/model.json describes, its weights still to be loaded."""
-    source, _, name = card["architecture"].rpartition(".")
-    if source:
-        return build(name, **card["args"])
-    return {constructor.__name__: constructor for constructor, _ in MODELS.values()}[name](**card["args"])
+    """The network that the content of weights/model.json describes, its weights still to be loaded.
+
+    Raises BadInput for anything but a network of this module or a classifier of torchvision, of a possible size.
+    """
+    from lib.config import BadInput, brief, one_line
+
+    try:
+        name, args = card["architecture"], card["args"]
+        numbers = [n for v in args.values() for n in (v if isinstance(v, list) else [v])]
+        if len(numbers) > 16 or not all(type(n) is int and 0 < n <= MOST for n in numbers):
+            raise ValueError(f"args {brief(args)}")
+        if name.startswith("torchvision."):
+            return build(name.removeprefix("torchvision."), args["n_classes"])
+        constructor = next(c for c, _ in MODELS.values() if c.__name__ == name)
+        with torch.device("meta"):  # takes no memory
+            if sum(p.numel() for p in constructor(**args).parameters()) > 10**9:
+                raise ValueError("more than 10^9 parameters")
+        return constructor(**args)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, IndexError) as e:
+        raise BadInput(f"model.json: describes no network of this project ({one_line(e)})") from None

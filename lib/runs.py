@@ -9,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
-from lib.config import RESOLVED, BadInput, data_name, read_file
+from lib.config import RESOLVED, BadInput, data_name, one_line, read_file, read_json
 
+ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
 
 
@@ -32,15 +34,16 @@ def write(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as e:
-        part.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({e.strerror})") from None
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); make room, or pass another folder") from None
 
 
 def write_json(path, value):
@@ -63,7 +66,9 @@ def write_table(path, header, rows):
 def write_figure(path, figure):
     """Writes a matplotlib figure as PNG."""
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # what the font lacks is drawn as a box
+        figure.savefig(png, format="png", dpi=130)
     write(path, png.getvalue())
 
 
@@ -165,6 +170,7 @@ def start(config, **facts):
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
+            make_room(temporary, config.out, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
             run = Run(Path(temporary) / name, config, env)
             for i in range(1, 10_000):
                 path = out / (name if i == 1 else f"{name}-{i}")
@@ -181,14 +187,42 @@ def start(config, **facts):
     return run
 
 
+def check_out(config):
+    """Raises BadInput where no run folder can be made under `--out`; seen before the images are read."""
+    path = Path(config.out).expanduser().absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise BadInput(f"--out {config.out}: {there} {what}; pass another folder")
+
+
+def make_room(path, out, size):
+    """Raises BadInput where `size` bytes cannot be had in the folder `path`: disk full, quota, limit of the process."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with tempfile.TemporaryFile(dir=path) as f:
+                os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            raise BadInput(
+                f"--out {out}: has no room for the {size / 1e6:,.0f} MB that a run may take ({e.strerror}); "
+                "make room, or pass another folder"
+            ) from None
+
+
 def reopen(config, **facts):
     """The run folder `config.resume`, to go on in it. Raises BadInput where its data was other data."""
     path = Path(config.resume).expanduser()
-    env = json.loads((path / "env.json").read_text(encoding="utf-8"))
+    try:
+        env = read_json(path / "env.json")
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path}/env.json: cannot be read ({one_line(e)}); start a new run") from None
+    if "lr" not in env and (path / "weights/last.pt").exists():
+        raise BadInput(f"{path}/env.json: has lost the lr of its run; start a new run")
     if env.get("data_fingerprint") != facts["data_fingerprint"]:
         raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
     kept = read_file(path / "args.yaml")
     asked = {name: kept[name] for name in RESOLVED if name in kept}
     now = {**environment(), **{name: facts[name] for name in ("device", "precision", "threads", "workers")}}
     (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-    return Run(path, config, {**env, "resumed": [*env.get("resumed", []), now]}, **asked)
+    same = {name: fact for name, fact in facts.items() if name not in (*now, "device_name")}
+    return Run(path, config, {**env, **same, "resumed": [*env.get("resumed", []), now]}, **asked)

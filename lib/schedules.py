@@ -68,6 +68,20 @@ def plateau(config, lr):
     return ReduceLROnPlateau(config.monitor, factor=config.factor, min_lr=config.min_lr, **plateau_options(config))
 
 
+def grown(size, factor, most):
+    """The batch size that follows `size` under grow_batch."""
+    return max(min(max(round(size / factor), size + 1), most), size)
+
+
+def batch_sizes(config):
+    """The batch sizes that a fit may come to, in order: more than one under grow_batch."""
+    sizes = [config.batch_size]
+    if config.schedule == "grow_batch":
+        while (size := grown(sizes[-1], config.factor, config.max_batch_size)) > sizes[-1]:
+            sizes.append(size)
+    return sizes
+
+
 def grow_batch(config, lr):
     """On a plateau the batch grows as plateau's rate would shrink, up to --max-batch-size; then the rate shrinks.
 

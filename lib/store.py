@@ -5,31 +5,39 @@ import json
 import os
 import struct
 import sys
+import threading
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from lib.config import BadInput, one_line
+from lib.config import BadInput, one_line, printable, read_json
 from lib.runs import whole_folder
 
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
+MANY_PIXELS = 2**24  # images of more are decoded one at a time
+MAX_BYTES = 8 * MAX_PIXELS  # of a file
+MAX_ASPECT = 100  # longer side / shorter side
+KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content; of others, Pillow hands EPS to Ghostscript
+REMEDY = "repair or remove it, or pass --bad-images skip"
 RESIZE_RULE = (
     "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
     "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
 PNG_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"sRGB"}  # those that change no pixel
-FORMAT = 1  # of the files of decoded images
+FORMAT = 2  # of the files of decoded images
 CHUNK = 256  # images that are decoded, and lie in memory, together
 MEMORY_SHARE = 0.5  # of the memory that is left: images that need more are kept in a file
+STATS_PIXELS = 2**18  # that are counted together
+large = threading.Lock()
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -42,35 +50,45 @@ def decode(path, size):
     """
     try:
         with open(path, "rb", buffering=0) as f:
+            if os.fstat(f.fileno()).st_size > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes")
             content = f.read()
         image = quick(content, size)
-        if image is None:
-            image = by_pillow(content, path, size)
-        h, w = image.shape[:2]
-        if min(h, w) != size:
-            scale = size / min(h, w)
-            to = [max(round(side * scale), size) for side in (w, h)]
-            image = np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
-        return image
-    except BadInput:
+        return by_pillow(content, size) if image is None else resized(image, size)
+    except MemoryError:
         raise
+    except UnidentifiedImageError:  # its text has an address in memory
+        raise BadInput(f"{path}: is no whole {', '.join(KINDS)} by its content; repair or remove it") from None
     except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
         raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
 
 
-def by_pillow(content, path, size):
-    with Image.open(BytesIO(content)) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise BadInput(
-                f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink or remove it"
-            )
+def by_pillow(content, size):
+    with Image.open(BytesIO(content), formats=KINDS) as image:
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = from_deep(np.asarray(image), image.mode)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(image.convert("RGB"))
+        with large if pixels > MANY_PIXELS else nullcontext():
+            return resized(as_rgb(ImageOps.exif_transpose(image)), size)
+
+
+def resized(image, size):
+    h, w = image.shape[:2]
+    if max(h, w) > MAX_ASPECT * min(h, w):
+        raise ValueError(f"{w} x {h} pixels: one side more than {MAX_ASPECT} times the other")
+    if min(h, w) == size:
+        return image
+    to = [max(round(side * size / min(h, w)), size) for side in (w, h)]
+    return np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
+
+
+def as_rgb(image):
+    if image.mode.startswith(("I", "F")):
+        image = from_deep(np.asarray(image), image.mode)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def quick(content, size):
@@ -97,6 +115,8 @@ def jpeg_frame(content):
     at = 2
     while at + 10 <= len(content) and content[at] == 0xFF:
         marker = content[at + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # these have no length: what follows is no segment
+            break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return struct.unpack_from(">BHHB", content, at + 4)
         at += 2 + struct.unpack_from(">H", content, at + 2)[0]
@@ -121,6 +141,8 @@ def png_chunks(content):
 def from_deep(a, mode):
     """16-bit and float grey levels as 8-bit. 16-bit modes say so; of others, levels up to 1 are shares of white."""
     a = a.astype(np.float64)
+    if not np.isfinite(a).all():
+        raise ValueError("some of its pixels are not numbers")
     top = 65535 if mode.startswith("I;16") or a.max() > 255 else 255 if a.max() > 1 else 1
     return Image.fromarray((a.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
@@ -143,56 +165,76 @@ class Store:
         root=Path(),  # folder that `names` are relative to
         threads=None,  # decoding threads; None: one a core
         cache=None,  # folder of the files; None: memory, where the images fit
+        skip=False,  # whether images that cannot be read are passed over and listed in `skipped`; else they raise
         spare=lambda: None,  # gives the folder of the files where memory is short
     ):
         self.paths, self.size = list(paths), size
         self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
-        self.index = {p: i for i, p in enumerate(self.paths)}
-        Image.MAX_IMAGE_PIXELS = None  # Pillow would warn before `decode` refuses
         cv2.setNumThreads(0)
         threads = threads or os.cpu_count()
-        if not cache and not self.fits():
-            cache = spare()
-        if not cache:
-            self.shapes, chunks, self.hash = self.read(threads)
-            self.lay_out(chunks)
-            return
-        self.folder = Path(cache) / f"images-{size}-{self.key()}"
+        with quiet() as terminal:
+            if not cache and not self.fits():
+                cache = spare()
+            if cache:
+                facts = self.from_file(Path(cache), threads, terminal, skip)
+            else:
+                self.shapes, chunks, facts = self.read(threads, terminal, skip)
+                self.lay_out(chunks)
+        self.hash, self.skipped = facts["fingerprint"], [(self.names[i], reason) for i, reason in facts["skipped"]]
+        if self.skipped and not skip:  # in a file that another run has written
+            raise BadInput(f"{Path(root, self.skipped[0][0])}: {self.skipped[0][1]}; {REMEDY}")
+        self.index = {p: i for i, p in enumerate(self.paths) if self.shapes[i].all()}
+
+    def from_file(self, cache, threads, terminal, skip):
+        """Maps the file of these images under `cache`, written first where there is none; returns its facts."""
+        self.folder = cache / f"images-{self.size}-{self.key()}"
         if not self.folder.is_dir():
             with whole_folder(self.folder) as part, open(part / "pixels", "wb") as f:
-                shapes, _, fingerprint = self.read(threads, f)
+                shapes, _, facts = self.read(threads, terminal, skip, f)
                 f.flush()
                 os.fsync(f.fileno())
                 np.save(part / "shapes.npy", shapes)
-                (part / "fingerprint.json").write_text(json.dumps(fingerprint))
-        self.shapes = np.load(self.folder / "shapes.npy")
-        self.hash = json.loads((self.folder / "fingerprint.json").read_text())
-        self.open()
+                (part / "facts.json").write_text(json.dumps(facts))
+        try:
+            self.shapes = np.load(self.folder / "shapes.npy", allow_pickle=False)
+            self.open()
+            return read_json(self.folder / "facts.json")
+        except (OSError, ValueError) as e:
+            raise BadInput(f"--cache {self.folder}: is damaged ({one_line(e)}); remove this folder") from None
 
-    def read(self, threads, file=None):
-        """Decodes all images, a chunk a task: (shapes (n, 2), chunks of pixels, fingerprint), or pixels to `file`."""
-        chunks, shapes, digest = [], [], hashlib.blake2b(digest_size=8)
-        parts = [self.paths[i : i + CHUNK] for i in range(0, len(self.paths), CHUNK)]
+    def read(self, threads, terminal, skip, file=None):
+        """Decodes all images, a chunk a task: (shapes (n, 2), chunks of pixels, facts), or pixels to `file`.
+
+        The facts: a fingerprint, and [number, reason] of each image that is skipped; its shape is (0, 0).
+        """
+        chunks, shapes, skipped, digest = [], [], [], hashlib.blake2b(digest_size=8)
+        parts = self.by_chunk(self.paths)
         pool, waiting = ThreadPoolExecutor(threads), deque()
-        bar = tqdm(total=len(self.paths), desc="reading", unit="image", leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(
+            total=len(self), desc="reading", unit="image", leave=False, file=terminal, disable=not terminal.isatty()
+        )
         try:
             while parts or waiting:
                 while parts and len(waiting) < 2 * threads:  # no more than this ahead of what is kept
-                    waiting.append(pool.submit(decode_all, parts.pop(0), self.size))
-                pixels, found = waiting.popleft().result()
+                    waiting.append(pool.submit(decode_all, parts.pop(0), self.size, skip))
+                pixels, found, faults = waiting.popleft().result()
                 digest.update(pixels)
+                skipped += [(len(shapes) + i, reason) for i, reason in faults]
                 shapes += found
                 chunks.append(file.write(pixels) and None if file else pixels)
                 bar.update(len(found))
         finally:
             bar.close()
             pool.shutdown(cancel_futures=True)  # the first file that cannot be read ends it
+        if skipped and len(skipped) == len(self):
+            raise BadInput(f"{self.paths[0]}: {skipped[0][1]}, and so for every image; repair or remove them")
         digest.update(repr([(name, (*shape, 3)) for name, shape in zip(self.names, shapes)]).encode())
-        return np.array(shapes, np.int32).reshape(-1, 2), chunks, digest.hexdigest()
+        facts = {"fingerprint": digest.hexdigest(), "skipped": skipped}
+        return np.array(shapes, np.int32).reshape(-1, 2), chunks, facts
 
     def lay_out(self, chunks):
         """Sets where each image lies: in which chunk, and, where shapes differ, from which byte."""
-        self.uniform = len(self) > 0 and bool((self.shapes == self.shapes[0]).all())
+        self.uniform = len(self) > 0 and bool(self.shapes.all() and (self.shapes == self.shapes[0]).all())
         if self.uniform:
             self.chunks = [chunk.reshape(-1, *self.shapes[0], 3) for chunk in chunks]
             return
@@ -205,6 +247,8 @@ class Store:
     def open(self):
         pixels = np.memmap(self.folder / "pixels", np.uint8, "r").view(np.ndarray)
         ends = np.cumsum([s.astype(np.int64).prod(1).sum() * 3 for s in self.by_chunk(self.shapes)])
+        if self.shapes.shape != (len(self), 2) or ends[-1] != len(pixels):
+            raise ValueError("its files do not fit each other")
         self.lay_out(np.split(pixels, ends[:-1]))
 
     @staticmethod
@@ -216,7 +260,7 @@ class Store:
         left, some = memory_left(), self.paths[:: max(len(self.paths) // 16, 1)]
         if left is None or len(self.paths) * self.size**2 * 3 * 8 < MEMORY_SHARE * left:  # nothing to look at
             return True
-        return np.mean([decode(p, self.size).size for p in some]) * len(self.paths) <= MEMORY_SHARE * left
+        return decode_all(some, self.size, True)[0].size / len(some) * len(self.paths) <= MEMORY_SHARE * left
 
     def key(self):
         """A hash of what says that files are still the same: names, sizes, times of change."""
@@ -251,9 +295,9 @@ class Store:
 
     def stats(self, ids):
         """Mean and standard deviation a channel, in 0..1, over every pixel of images `ids`: two (3,) float arrays."""
-        counts = np.zeros((3, 256))
-        for i in ids:
-            pixels = self[i].reshape(-1, 3)
+        counts, step = np.zeros((3, 256)), max(STATS_PIXELS // self.size**2, 1)
+        for at in range(0, len(ids), step):
+            pixels = np.concatenate([self[i].reshape(-1, 3) for i in ids[at : at + step]])
             for c in range(3):
                 counts[c] += np.bincount(pixels[:, c], minlength=256)
         share, level = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
@@ -261,10 +305,31 @@ class Store:
         return mean, np.maximum(np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), 1e-3)
 
 
-def decode_all(paths, size):
-    """(pixels, one image after another, and shapes (h, w)) of a chunk."""
-    images = [decode(path, size) for path in paths]
-    return np.concatenate([image.reshape(-1) for image in images]), [image.shape[:2] for image in images]
+def decode_all(paths, size, skip):
+    """(pixels, one image after another, shapes (h, w), [(number, reason)] of those that cannot be read) of a chunk."""
+    images, faults = [], []
+    for i, path in enumerate(paths):
+        try:
+            images.append(decode(path, size))
+        except BadInput as e:
+            reason = e.text.removeprefix(printable(f"{path}: ")).rsplit("; ", 1)[0]
+            if not skip:
+                raise BadInput(f"{path}: {reason}; {REMEDY}") from None
+            images.append(np.empty((0, 0, 3), np.uint8))
+            faults.append((i, reason))
+    return np.concatenate([image.reshape(-1) for image in images]), [image.shape[:2] for image in images], faults
+
+
+@contextmanager
+def quiet():
+    """Inside, what image libraries write to stderr, past Python, on damaged files goes nowhere. Gives the true one."""
+    sys.stderr.flush()
+    with open(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            os.dup2(terminal.fileno(), 2)
 
 
 def memory_left():
