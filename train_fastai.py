@@ -31,9 +31,10 @@ def main(argv=None):
 
 def train(config):
     """One run, from data to explained mistakes."""
-    from lib import callbacks, checkpoint, data, evaluate, learner, models, runs, schedules, store
+    from lib import callbacks, checkpoint, data, evaluate, learner, models, report, runs, schedules, store
 
     models.check(config.model)
+    runs.check_log(config.log)
     device = learner.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
@@ -58,21 +59,31 @@ def train(config):
         lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
         run.note(lr=lr)
         if config.lr_find_only:
+            report.write(run.path)
             return 0
         run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
 
+    log = runs.logger(config.log, run / "tensorboard")
+
+    def save(rows):
+        run.save_rows(rows)
+        report.write(run.path, live=True)
+        log(rows)
+
     best = callbacks.KeepBest(run.save_weights)
-    progress = callbacks.Progress(config.progress, run.save_rows)
+    progress = callbacks.Progress(config.progress, save)
     learn.add_cbs([best, progress, checkpoint.Checkpoint(run / "weights/last.pt", past)])
+    report.write(run.path, live=True, show=config.open)
     try:
         schedules.fit(learn, config, lr)
+        evaluate.report(learn, config, run, learn.recorder.rows, best)
+        return 0
     except callbacks.Diverged as e:
         progress.close()
         print(f"error: {e}", file=sys.stderr)
         return 3
-
-    evaluate.report(learn, config, run, learn.recorder.rows, best)
-    return 0
+    finally:
+        report.write(run.path)  # however it ended: the page renews itself no more
 
 
 if __name__ == "__main__":

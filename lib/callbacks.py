@@ -90,10 +90,11 @@ class EpochRecorder(Callback):
                 f"the loss is {losses[i].item()} at epoch {self.epoch + 1}, batch {batches[i] + 1}, lr {lrs[i]:.3g}; "
                 f"try a smaller --lr, such as {lrs[i] / 10:.1g}"
             )
+        right = int(torch.stack(correct).sum())
         self.loss_sum += (losses * torch.tensor(sizes)).sum().item()
-        self.correct += int(torch.stack(correct).sum())
+        self.correct += right
         self.n += sum(sizes)
-        self.latest, self.pending = losses.mean().item(), []
+        self.latest, self.pending = {"loss": losses.mean().item(), "acc": right / sum(sizes)}, []
 
     def after_train(self):
         self.check()
@@ -389,8 +390,16 @@ class Progress(Callback):
     def after_batch(self):
         if self.training:
             self.tqdm.update()
-            if not self.recorder.pending:
-                self.tqdm.set_postfix(loss=f"{self.recorder.latest:.3f}", lr=f"{self.recorder.rate:.3g}")
+            record = self.recorder
+            if not record.pending:
+                done = (self.epoch + (self.iter + 1) / self.n_iter) / self.n_epoch
+                left = (time.perf_counter() - record.start) * (1 - done) / done
+                self.tqdm.set_postfix(
+                    loss=f"{record.latest['loss']:.3f}",
+                    acc=f"{record.latest['acc']:.3f}",
+                    lr=f"{record.rate:.3g}",
+                    left=tqdm.format_interval(left),  # of all epochs
+                )
 
     def after_train(self):
         self.close()

@@ -4,7 +4,9 @@ python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs
 """
 
 import csv
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +20,11 @@ COLUMNS = (
     "train_seconds", "lr", "optimizer_state_bytes", "folder",
 )  # fmt: skip
 # Settings that do not tell variants, and those that a comparison may be gone on with under other values.
-ASIDE = ("seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run")
-FREE = ("out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only")
+ASIDE = (
+    "seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run", "open",
+    "log",
+)  # fmt: skip
+FREE = ("out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only", "open", "log")
 NEEDED = ("test_acc", "last_test_acc", "valid_acc", "chosen_on", "target", "epochs_to_target", "train_seconds")
 
 
@@ -51,12 +56,12 @@ def run(configs, train):
                 raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name") from None
         print(f"\nrun {i + 1} of {len(configs)}: {path.name}", flush=True)
         try:
-            status = max(status, train(config))
+            status = max(status, train(dataclasses.replace(config, open=False)))
         except BadInput as e:  # the other runs are none the worse for it
             print(f"error: {path.name}:", *str(e).split(), file=sys.stderr)
             status = max(status, 2)
     if not (configs[0].dry_run or configs[0].lr_find_only):
-        report(folders, folders[0].parent)
+        report(folders, folders[0].parent, configs[0].open)
     return status
 
 
@@ -154,12 +159,13 @@ def table(variants):
     return "\n".join(lines), verdicts
 
 
-def report(folders, out):
-    """Writes comparison.csv, comparison.md and comparison.png of the run folders `folders` to `out`, prints the table.
+def report(folders, out, show=False):
+    """Writes comparison.csv, .md and .png and report.html of the run folders `folders` to `out`, prints the table.
 
     Raises BadInput where none of them is finished, or a folder is none of a run.
     """
     from lib import plots
+    from lib import report as pages
 
     loaded = {Path(folder): load(folder) for folder in folders}
     runs = [r for r in loaded.values() if r]
@@ -170,7 +176,8 @@ def report(folders, out):
     rows = []
     for name, group in variants.items():
         for r in group:
-            known = {**r["summary"], "variant": name, "seed": r["args"]["seeds"][0], "folder": r["folder"].name}
+            folder = Path(os.path.relpath(r["folder"], out)).as_posix()
+            known = {**r["summary"], "variant": name, "seed": r["args"]["seeds"][0], "folder": folder}
             rows.append({c: known[c] for c in COLUMNS})
     write_csv(out / "comparison.csv", rows)
     text, verdicts = table(variants)
@@ -191,7 +198,8 @@ def report(folders, out):
     }
     target = runs[0]["summary"]["target"]
     write_figure(out / "comparison.png", plots.comparison(curves, Path(out).resolve().name, target))
-    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {out}", flush=True)
+    page = pages.write(out, show=show)
+    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {page}", flush=True)
 
 
 def main(argv=None):
@@ -199,7 +207,7 @@ def main(argv=None):
 
     p = argparse.ArgumentParser(prog="python -m lib.compare", description="Compare finished runs.")
     p.add_argument("runs", nargs="+", help="run folders, or folders of them")
-    p.add_argument("--out", default=".", help="folder of comparison.csv, .md and .png (.)")
+    p.add_argument("--out", default=".", help="folder of comparison.csv, .md, .png and report.html (.)")
     args = p.parse_args(argv)
     try:
         folders = []

@@ -23,7 +23,7 @@ MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 # What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
 FREE = (
     "resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery", "dry_run",
-    "lr_find_only",
+    "lr_find_only", "open", "log",
 )  # fmt: skip
 RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
@@ -162,6 +162,8 @@ class Config:
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")
     progress: bool = option(True, "progress bar, on a terminal")
+    log: str = option("none", "a log beside the run's own files, in its folder", choices=("none", "tensorboard"))
+    open: bool = option(False, "open report.html in the browser; it follows the training")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -311,7 +313,7 @@ def resumed(flags):
     run = Path(flags["resume"]).expanduser()
     try:
         env = json.loads((run / "env.json").read_text(encoding="utf-8"))
-        found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False}
+        found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False, "open": False}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"--resume {run}: is no run folder, or its env.json is damaged ({one_line(e)})") from None
     kept = Config(**{**read_file(run / "args.yaml"), **found})
