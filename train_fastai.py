@@ -42,10 +42,11 @@ def main(argv=None):
 
 def train(config):
     """One run, from data to explained mistakes, in this process or in all that torchrun started."""
-    from lib import callbacks, checkpoint, data, evaluate, learner, models, ranks, runs, schedules, store
+    from lib import callbacks, checkpoint, data, evaluate, learner, models, ranks, report, runs, schedules, store
 
     models.check(config.model)
     runs.check_out(config)
+    runs.check_log(config.log)
     device = learner.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
@@ -78,32 +79,34 @@ def train(config):
                 run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
                 lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
                 run.note(lr=lr)
+            report.write(run.path, live=not config.lr_find_only, show=config.open)
         past, lr = ranks.same([past, lr])
         if config.lr_find_only:
             return 0
 
         best = callbacks.KeepBest(run and run.save_weights)
-        progress = callbacks.Progress(config.progress, run and run.save_rows)
+        progress = callbacks.Progress(config.progress, run and report.follow(run, config.log))
         saved = checkpoint.Checkpoint(run and run / "weights/last.pt", past, config.checkpoint_seconds)
         learn.add_cbs([best, saved, *([progress] if leads else []), *ranks.callbacks()])
         try:
             with saved.signals():
                 schedules.fit(learn, config, lr)
+            if leads:
+                evaluate.report(learn, config, run, learn.recorder.rows, best)
+            return 0
         except callbacks.Diverged as e:
             if leads:
-                progress.close()
                 kept = f"; the epochs before are in {run.path}" if learn.recorder.rows else ""
                 print(f"error: {e}{kept}", file=sys.stderr)
             return 3
         except checkpoint.Interrupted:
             if leads:
-                progress.close()
                 print(f"interrupted and saved; go on with: {sys.argv[0]} --resume {run.path}", file=sys.stderr)
             return 130
-
-        if leads:
-            evaluate.report(learn, config, run, learn.recorder.rows, best)
-        return 0
+        finally:
+            progress.close()
+            if leads:
+                report.write(run.path)  # however it ended: the page renews itself no more
 
 
 if __name__ == "__main__":

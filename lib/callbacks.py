@@ -110,7 +110,7 @@ class EpochRecorder(Callback):
         self.loss_sum += sums[0].sum().item()
         self.correct += int(sums[1].sum())
         self.n += int(sums[2].sum())
-        self.latest, self.pending = losses.mean().item(), []
+        self.latest, self.pending = {"loss": losses.mean().item(), "acc": (sums[1].sum() / sums[2].sum()).item()}, []
 
     def after_train(self):
         self.check()
@@ -407,8 +407,16 @@ class Progress(Callback):
     def after_batch(self):
         if self.training:
             self.tqdm.update()
-            if not self.recorder.pending:
-                self.tqdm.set_postfix(loss=f"{self.recorder.latest:.3f}", lr=f"{self.recorder.rate:.3g}")
+            record = self.recorder
+            if not record.pending:
+                done = (self.epoch + (self.iter + 1) / self.n_iter) / self.n_epoch
+                left = (time.perf_counter() - record.start) * (1 - done) / done
+                self.tqdm.set_postfix(
+                    loss=f"{record.latest['loss']:.3f}",
+                    acc=f"{record.latest['acc']:.3f}",
+                    lr=f"{record.rate:.3g}",
+                    left=tqdm.format_interval(left),  # of all epochs
+                )
 
     def after_train(self):
         self.close()

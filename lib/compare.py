@@ -4,6 +4,7 @@ python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs
 """
 
 import csv
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -18,8 +19,14 @@ COLUMNS = (
     "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "folder",
 )  # fmt: skip
 # Settings that do not tell variants, and those that a comparison may be gone on with under other values.
-ASIDE = ("seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run")
-FREE = ("out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only")
+ASIDE = (
+    "seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run", "open",
+    "log", "checkpoint_seconds",
+)  # fmt: skip
+FREE = (
+    "out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only", "open", "log",
+    "checkpoint_seconds",
+)  # fmt: skip
 NEEDED = ("test_acc", "last_test_acc", "valid_acc", "chosen_on", "target", "epochs_to_target", "train_seconds")
 
 
@@ -51,7 +58,7 @@ def run(configs, train):
             raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name")
         print(f"\nrun {i + 1} of {len(configs)}: {path.name}", flush=True)
         try:
-            found = train(config)
+            found = train(dataclasses.replace(config, open=False))
             if found == 130:
                 print("the same command goes on with the comparison", file=sys.stderr)
                 return found
@@ -60,7 +67,7 @@ def run(configs, train):
             print(f"error: {path.name}: {e}", file=sys.stderr)
             status = max(status, 2)
     if not (configs[0].dry_run or configs[0].lr_find_only):
-        report(folders, folders[0].parent)
+        report(folders, folders[0].parent, configs[0].open)
     return status
 
 
@@ -160,12 +167,13 @@ def table(variants):
     return "\n".join(lines), verdicts
 
 
-def report(folders, out):
-    """Writes comparison.csv, comparison.md and comparison.png of the run folders `folders` to `out`, prints the table.
+def report(folders, out, show=False):
+    """Writes comparison.csv, .md and .png and report.html of the run folders `folders` to `out`, prints the table.
 
     Raises BadInput where none of them is finished, or a folder is none of a run.
     """
     from lib import plots
+    from lib import report as pages
 
     loaded = {Path(folder): load(folder) for folder in folders}
     runs = [r for r in loaded.values() if r]
@@ -181,7 +189,7 @@ def report(folders, out):
                 "last_train_acc": r["rows"][-1]["train_acc"],
                 "variant": name,
                 "seed": r["args"]["seeds"][0],
-                "folder": r["folder"].name,
+                "folder": Path(os.path.relpath(r["folder"], out)).as_posix(),
             }
             rows.append({c: known[c] for c in COLUMNS})
     write_csv(out / "comparison.csv", rows)
@@ -203,7 +211,8 @@ def report(folders, out):
     }
     target = runs[0]["summary"]["target"]
     write_figure(out / "comparison.png", plots.comparison(curves, Path(out).resolve().name, target))
-    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(out)}", flush=True)
+    page = pages.write(out, show=show)
+    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 
 
 def main(argv=None):
@@ -211,7 +220,7 @@ def main(argv=None):
 
     p = argparse.ArgumentParser(prog="python -m lib.compare", description="Compare finished runs.")
     p.add_argument("runs", nargs="+", help="run folders, or folders of them")
-    p.add_argument("--out", default=".", help="folder of comparison.csv, .md and .png (.)")
+    p.add_argument("--out", default=".", help="folder of comparison.csv, .md, .png and report.html (.)")
     args = p.parse_args(argv)
     try:
         folders = []

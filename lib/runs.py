@@ -12,6 +12,7 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -155,6 +156,28 @@ class Run:
     def save_weights(self, content):
         """Writes weights/best.safetensors."""
         write(self / "weights/best.safetensors", content)
+
+
+def check_log(kind):
+    """Raises BadInput where the package that `--log` names is not installed."""
+    if kind == "tensorboard" and not find_spec(kind):
+        raise BadInput("--log tensorboard: is not installed; uv run --with tensorboard train_fastai.py …")
+
+
+def logger(kind, folder):
+    """A function that logs the last of the rows it is given, an epoch's, to `folder`; for "none" it does nothing."""
+    if kind == "none":
+        return lambda rows: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+
+    def log(rows):
+        for name, value in rows[-1].items():
+            writer.add_scalar(name, value, rows[-1]["epoch"])
+        writer.flush()
+
+    return log
 
 
 def name_of(config):
