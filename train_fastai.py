@@ -6,6 +6,7 @@ uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a compari
 uv run train_fastai.py --help                every setting
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -31,60 +32,83 @@ def main(argv=None):
             raise
         print(f"error: {settings.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
         return 2
+    except settings.OneLine as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; --resume and the run folder go on from its last whole epoch", file=sys.stderr)
+        print("interrupted; --resume and the run folder go on from its last checkpoint", file=sys.stderr)
         return 130
 
 
 def train(config):
-    """One run, from data to explained mistakes."""
-    from lib import callbacks, checkpoint, data, evaluate, learner, models, runs, schedules, store
+    """One run, from data to explained mistakes, in this process or in all that torchrun started."""
+    from lib import callbacks, checkpoint, data, evaluate, learner, models, ranks, report, runs, schedules, store
 
     models.check(config.model)
     runs.check_out(config)
+    runs.check_log(config.log)
     device = learner.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
-    dls = data.get_dls(config, device)
-    learner.seed_everything(config.seed)
-    model = models.build(config.model, len(dls.vocab))
-    models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
-    models.check_batches(model, config, len(dls.train.ids), dls.store.size)
-    learn = learner.build(config, dls, model, precision)
-    facts = learner.facts(config, learn, precision, threads)
-    if config.dry_run:
-        print(*(f"{name}: {value}" for name, value in config.to_dict().items()), sep="\n")
-        print(learner.banner(config, facts, "nothing is written: dry run"))
-        return 0
+    with ranks.joined(device) as leads:  # the first process reads first, and is the one that writes and prints
+        with ranks.first_alone():
+            dls = data.get_dls(config, device)
+        learner.seed_everything(config.seed)
+        model = models.build(config.model, len(dls.vocab))
+        models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
+        models.check_batches(model, config, len(dls.train.ids), dls.store.size, ranks.world())
+        learn = learner.build(config, dls, model, precision)
+        facts = learner.facts(config, learn, precision, threads)
+        if config.dry_run:
+            if leads:
+                print(*(f"{name}: {value}" for name, value in config.to_dict().items()), sep="\n")
+                print(learner.banner(config, facts, "nothing is written: dry run"))
+            return 0
 
-    past = checkpoint.load(Path(config.resume).expanduser() / "weights/last.pt") if config.resume else None
-    run = runs.reopen(config, **facts) if config.resume else runs.start(config, **facts)
-    print(learner.banner(config, facts, run.path))
-    if past:
-        lr = run.env["lr"]
-    else:
-        if dls.store.skipped:
-            runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
-        evaluate.save_train_batch(learn, run)
-        lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
-        run.note(lr=lr)
+        run = past = lr = None
+        if leads:
+            past = checkpoint.load(Path(config.resume).expanduser() / "weights/last.pt") if config.resume else None
+            run = runs.reopen(config, **facts) if config.resume else runs.start(config, **facts)
+            print(learner.banner(config, facts, run.path), flush=True)
+            if past:
+                lr = run.env["lr"]
+            else:
+                if dls.store.skipped:
+                    runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
+                evaluate.save_train_batch(learn, run)
+                run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
+                lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
+                run.note(lr=lr)
+            report.write(run.path, live=not config.lr_find_only, show=config.open)
+        past, lr = ranks.same([past, lr])
         if config.lr_find_only:
             return 0
-        run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
 
-    best = callbacks.KeepBest(run.save_weights)
-    progress = callbacks.Progress(config.progress, run.save_rows)
-    learn.add_cbs([best, progress, checkpoint.Checkpoint(run / "weights/last.pt", past)])
-    try:
-        schedules.fit(learn, config, lr)
-    except callbacks.Diverged as e:
-        progress.close()
-        print(f"error: {e}", file=sys.stderr)
-        return 3
-
-    evaluate.report(learn, config, run, learn.recorder.rows, best)
-    return 0
+        best = callbacks.KeepBest(run and run.save_weights)
+        progress = callbacks.Progress(config.progress, run and report.follow(run, config.log))
+        saved = checkpoint.Checkpoint(run and run / "weights/last.pt", past, config.checkpoint_seconds)
+        learn.add_cbs([best, saved, *([progress] if leads else []), *ranks.callbacks()])
+        try:
+            with saved.signals():
+                schedules.fit(learn, config, lr)
+            if leads:
+                evaluate.report(learn, config, run, learn.recorder.rows, best)
+            return 0
+        except callbacks.Diverged as e:
+            if leads:
+                kept = f"; the epochs before are in {run.path}" if learn.recorder.rows else ""
+                print(f"error: {e}{kept}", file=sys.stderr)
+            return 3
+        except checkpoint.Interrupted:
+            if leads:
+                print(f"interrupted and saved; go on with: {sys.argv[0]} --resume {run.path}", file=sys.stderr)
+            return 130
+        finally:
+            progress.close()
+            if leads:
+                report.write(run.path)  # however it ended: the page renews itself no more
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

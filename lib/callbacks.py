@@ -11,6 +11,7 @@ from fastai.callback.schedule import ParamScheduler
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
+from lib import ranks
 from lib.config import OneLine
 from lib.schedules import Plateau, grown
 
@@ -49,6 +50,17 @@ class EpochRecorder(Callback):
         self.rows = list(state["rows"])
         self.start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
 
+    def partial(self):
+        """The record of the epoch that is under way, as plain values."""
+        self.check()
+        seconds = time.perf_counter() - self.start
+        return {"now": self.now, "sums": [self.loss_sum, self.correct, self.n], "seconds": seconds}
+
+    def go_on(self, partial):
+        """Takes up the record of an epoch where `partial` left it; call it behind `before_train`."""
+        self.now, (self.loss_sum, self.correct, self.n) = dict(partial["now"]), partial["sums"]
+        self.start = time.perf_counter() - partial["seconds"]
+
     def before_train(self):
         hypers = self.opt.hypers[0]
         self.dl.epoch = self.learn.epochs_trained
@@ -72,8 +84,9 @@ class EpochRecorder(Callback):
         learn = self.learn
         if not learn.training:
             return
+        n = learn.dl.own(learn.iter) if learn.parallel else len(learn.yb[0])
         correct = (learn.pred.detach().argmax(-1) == learn.yb[0]).sum()
-        self.pending.append((learn.iter, self.rate, len(learn.yb[0]), learn.loss, correct))
+        self.pending.append((learn.iter, self.rate, n, learn.loss, correct))
         if len(self.pending) >= CHECK_EVERY:
             self.check()
 
@@ -82,7 +95,11 @@ class EpochRecorder(Callback):
         if not self.pending:
             return
         batches, lrs, sizes, losses, correct = zip(*self.pending)
-        losses = torch.stack(losses).float().cpu().double()
+        sizes, losses = torch.tensor(sizes, dtype=torch.float64), torch.stack(losses).cpu().double()
+        sums = torch.stack([losses * sizes, torch.stack(correct).cpu() * (sizes > 0), sizes])
+        if self.learn.parallel:
+            ranks.total(sums)
+        losses = sums[0] / sums[2]
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
             i = int(bad[0])
@@ -90,10 +107,10 @@ class EpochRecorder(Callback):
                 f"the loss is {losses[i].item()} at epoch {self.epoch + 1}, batch {batches[i] + 1}, lr {lrs[i]:.3g}; "
                 f"try a smaller --lr, such as {lrs[i] / 10:.1g}"
             )
-        self.loss_sum += (losses * torch.tensor(sizes)).sum().item()
-        self.correct += int(torch.stack(correct).sum())
-        self.n += sum(sizes)
-        self.latest, self.pending = losses.mean().item(), []
+        self.loss_sum += sums[0].sum().item()
+        self.correct += int(sums[1].sum())
+        self.n += int(sums[2].sum())
+        self.latest, self.pending = {"loss": losses.mean().item(), "acc": (sums[1].sum() / sums[2].sum()).item()}, []
 
     def after_train(self):
         self.check()
@@ -379,6 +396,7 @@ class Progress(Callback):
     def before_train(self):
         self.tqdm = tqdm(
             total=len(self.dls.train),
+            initial=self.learn.first_batch,
             desc=f"epoch {self.epoch + 1}/{self.n_epoch}",
             unit="batch",
             leave=False,
@@ -389,8 +407,16 @@ class Progress(Callback):
     def after_batch(self):
         if self.training:
             self.tqdm.update()
-            if not self.recorder.pending:
-                self.tqdm.set_postfix(loss=f"{self.recorder.latest:.3f}", lr=f"{self.recorder.rate:.3g}")
+            record = self.recorder
+            if not record.pending:
+                done = (self.epoch + (self.iter + 1) / self.n_iter) / self.n_epoch
+                left = (time.perf_counter() - record.start) * (1 - done) / done
+                self.tqdm.set_postfix(
+                    loss=f"{record.latest['loss']:.3f}",
+                    acc=f"{record.latest['acc']:.3f}",
+                    lr=f"{record.rate:.3g}",
+                    left=tqdm.format_interval(left),  # of all epochs
+                )
 
     def after_train(self):
         self.close()

@@ -3,22 +3,34 @@
 import hashlib
 import io
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
+from contextlib import contextmanager
 
 import torch
 from fastai.callback.core import Callback
 
+from lib import ranks
 from lib.config import BadInput, one_line
 from lib.runs import write
 
 FORMAT = 1  # of the checkpoint; another one is refused
+GRACE = 5  # seconds in which a second signal is torchrun's, which hands on what its processes have had already
+
+
+class Interrupted(KeyboardInterrupt):
+    """A first Ctrl-C or SIGTERM, after the checkpoint was saved (exit status 130)."""
 
 
 class Checkpoint(Callback):
-    """Saves after each epoch what the next one starts from, and starts a fit from what was saved.
+    """Saves what the next epoch, or the next batch, starts from, and starts a fit from what was saved.
 
-    Order, augmentation and weights are functions of (seed, epoch, image), so no generator's state is in it.
+    Order, augmentation and dropout are functions of (seed, epoch, batch, image), so no generator's state is in it.
+    Inside `signals`, the batch under way at a Ctrl-C or SIGTERM is finished and saved, then Interrupted raised; a
+    second one stops at once.
     """
 
     order = 80  # behind all callbacks whose states it keeps: those with a state_dict of their own
@@ -27,13 +39,16 @@ class Checkpoint(Callback):
         self,
         path,  # file of the checkpoint
         state=None,  # what `load` gave: the fit goes on from there
+        every_seconds=0,  # within an epoch; 0: at its end alone
     ):
-        self.path, self.state = path, state
+        self.path, self.state, self.every_seconds = path, state, every_seconds
+        self.signalled, self.evaluating = 0.0, False
 
     def keepers(self):
         return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")]
 
     def before_fit(self):
+        self.saved_at = time.monotonic()
         if self.state is None:
             return
         learn, state = self.learn, self.state
@@ -44,21 +59,82 @@ class Checkpoint(Callback):
                 learn.scaler.load_state_dict(state["scaler"])
             for cb in self.keepers():
                 cb.load_state_dict(state["callbacks"][cb.name])
-            learn.epochs_trained = int(state["epochs_trained"])
+            learn.epochs_trained, learn.first_batch = int(state["epochs_trained"]), int(state.get("batches", 0))
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as e:
             raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
         learn.first_epoch = len(learn.recorder.rows)
 
-    def after_epoch(self):
+    def before_train(self):
+        state, self.state = self.state, None
+        if state and state.get("batches"):
+            self.learn.recorder.go_on(state["partial"])
+
+    def after_batch(self):
         learn = self.learn
+        done = learn.iter + 1
+        if not learn.training or (done % learn.accumulate and done < learn.n_iter):
+            return
+        due = self.every_seconds and time.monotonic() - self.saved_at > self.every_seconds
+        signalled, due = ranks.any_of(self.signalled, due)
+        if signalled or due:
+            self.save(done)
+        if signalled:
+            raise Interrupted
+
+    def before_validate(self):
+        self.evaluating = True
+
+    def after_validate(self):
+        self.evaluating = False
+
+    def after_epoch(self):
+        self.save()
+        if ranks.any_of(self.signalled)[0]:
+            raise Interrupted
+
+    def save(self, batches=0):
+        """Saves the state between epochs or, with `batches`, behind so many batches of an epoch."""
+        learn, partial = self.learn, None
+        if batches:
+            partial = learn.recorder.partial()
+        self.saved_at = time.monotonic()
+        if not ranks.leads():
+            return
         state = {
             "model": learn.model.state_dict(),
             "optimizer": learn.opt.opt.state_dict(),
             "scaler": learn.scaler.state_dict() if learn.scaler else None,
             "callbacks": {cb.name: cb.state_dict() for cb in self.keepers()},
-            "epochs_trained": learn.epochs_trained,
+            "epochs_trained": learn.epochs_trained - self.evaluating,
+            "batches": batches,
+            "partial": partial,
         }
         save(self.path, state)
+
+    @contextmanager
+    def signals(self):
+        """Inside, Ctrl-C and SIGTERM do what the class says; behind it they have their former meaning again."""
+
+        def stop(number, frame):
+            now = time.monotonic()
+            if self.signalled and now - self.signalled > GRACE * ranks.launched():
+                raise KeyboardInterrupt
+            if self.signalled:
+                return
+            self.signalled = now
+            if self.evaluating:  # which changes nothing that is saved
+                self.save(self.learn.n_iter)
+                raise Interrupted
+            if ranks.leads():
+                print("finishing the batch and saving; once more stops at once", file=sys.stderr, flush=True)
+
+        handled = [s for s in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread()]
+        former = [(s, signal.signal(s, stop)) for s in handled]
+        try:
+            yield
+        finally:
+            for s, handler in former:
+                signal.signal(s, handler)
 
 
 def save(path, state):

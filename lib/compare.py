@@ -4,6 +4,8 @@ python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs
 """
 
 import csv
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -13,12 +15,18 @@ from lib.config import AXES, BadInput, Config, one_line, printable, read_file, r
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
-    "variant", "seed", "test_acc", "last_test_acc", "valid_acc", "best_epoch", "epochs_to_target", "seconds_to_target",
-    "train_seconds", "lr", "optimizer_state_bytes", "folder",
+    "variant", "seed", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
+    "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "folder",
 )  # fmt: skip
 # Settings that do not tell variants, and those that a comparison may be gone on with under other values.
-ASIDE = ("seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run")
-FREE = ("out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only")
+ASIDE = (
+    "seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run", "open",
+    "log", "checkpoint_seconds",
+)  # fmt: skip
+FREE = (
+    "out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only", "open", "log",
+    "checkpoint_seconds",
+)  # fmt: skip
 NEEDED = ("test_acc", "last_test_acc", "valid_acc", "chosen_on", "target", "epochs_to_target", "train_seconds")
 
 
@@ -28,6 +36,10 @@ def run(configs, train):
     A run that was cut short goes on. Returns the exit status: 3 where one diverged, else 0. Raises BadInput where a
     folder holds a run with other settings.
     """
+    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise BadInput(
+            "a comparison under torchrun: start its runs one by one, then python -m lib.compare (docs/ranks.md)"
+        )
     status, folders = 0, []
     for i, config in enumerate(configs):
         path = Path(config.out).expanduser() / config.name
@@ -43,19 +55,19 @@ def run(configs, train):
             here = {name: getattr(config, name) for name in ("cache", "device", "workers", "progress", "dry_run")}
             config = resumed({"resume": str(path), **here})
         elif path.exists():
-            try:  # a run that was cut short before it had settings
-                (path / "args.yaml").unlink(missing_ok=True)
-                path.rmdir()
-            except OSError:
-                raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name") from None
+            raise BadInput(f"{path}: is in the way, and no run folder; move it, or pass another --name")
         print(f"\nrun {i + 1} of {len(configs)}: {path.name}", flush=True)
         try:
-            status = max(status, train(config))
+            found = train(dataclasses.replace(config, open=False))
+            if found == 130:
+                print("the same command goes on with the comparison", file=sys.stderr)
+                return found
+            status = max(status, found)
         except BadInput as e:  # the other runs are none the worse for it
             print(f"error: {path.name}: {e}", file=sys.stderr)
             status = max(status, 2)
     if not (configs[0].dry_run or configs[0].lr_find_only):
-        report(folders, folders[0].parent)
+        report(folders, folders[0].parent, configs[0].open)
     return status
 
 
@@ -79,11 +91,13 @@ def load(folder):
 def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and which those are."""
     names = [n for n in runs[0]["args"] if n not in ASIDE and len({repr(r["args"].get(n)) for r in runs}) > 1]
+    first = runs[0]["args"]
     for shown in ([n for n in names if n in AXES], names):  # what follows from an axis is left out of the name
         found = {}
         for r in runs:
-            name = "-".join(str(r["args"][n]) for n in shown) or r["args"]["schedule"]
-            found.setdefault(name, []).append(r)
+            words = [str(r["args"][n]) for n in shown if n in AXES]
+            words += [f"{n} {r['args'][n]}" for n in shown if n not in AXES and r["args"][n] != first[n]]
+            found.setdefault("-".join(words) or r["args"]["schedule"], []).append(r)
         if all(len({repr(r["args"][n]) for r in group}) == 1 for group in found.values() for n in names):
             break
     for group in found.values():
@@ -153,12 +167,13 @@ def table(variants):
     return "\n".join(lines), verdicts
 
 
-def report(folders, out):
-    """Writes comparison.csv, comparison.md and comparison.png of the run folders `folders` to `out`, prints the table.
+def report(folders, out, show=False):
+    """Writes comparison.csv, .md and .png and report.html of the run folders `folders` to `out`, prints the table.
 
     Raises BadInput where none of them is finished, or a folder is none of a run.
     """
     from lib import plots
+    from lib import report as pages
 
     loaded = {Path(folder): load(folder) for folder in folders}
     runs = [r for r in loaded.values() if r]
@@ -169,7 +184,13 @@ def report(folders, out):
     rows = []
     for name, group in variants.items():
         for r in group:
-            known = {**r["summary"], "variant": name, "seed": r["args"]["seeds"][0], "folder": r["folder"].name}
+            known = {
+                **r["summary"],
+                "last_train_acc": r["rows"][-1]["train_acc"],
+                "variant": name,
+                "seed": r["args"]["seeds"][0],
+                "folder": Path(os.path.relpath(r["folder"], out)).as_posix(),
+            }
             rows.append({c: known[c] for c in COLUMNS})
     write_csv(out / "comparison.csv", rows)
     text, verdicts = table(variants)
@@ -190,7 +211,8 @@ def report(folders, out):
     }
     target = runs[0]["summary"]["target"]
     write_figure(out / "comparison.png", plots.comparison(curves, Path(out).resolve().name, target))
-    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(out)}", flush=True)
+    page = pages.write(out, show=show)
+    print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 
 
 def main(argv=None):
@@ -198,7 +220,7 @@ def main(argv=None):
 
     p = argparse.ArgumentParser(prog="python -m lib.compare", description="Compare finished runs.")
     p.add_argument("runs", nargs="+", help="run folders, or folders of them")
-    p.add_argument("--out", default=".", help="folder of comparison.csv, .md and .png (.)")
+    p.add_argument("--out", default=".", help="folder of comparison.csv, .md, .png and report.html (.)")
     args = p.parse_args(argv)
     try:
         folders = []

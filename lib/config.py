@@ -25,7 +25,7 @@ MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 # What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
 FREE = (
     "resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery", "dry_run",
-    "lr_find_only",
+    "lr_find_only", "checkpoint_seconds", "open", "log",
 )  # fmt: skip
 RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
 PATHS = ("data", "out", "cache", "resume")
@@ -169,6 +169,9 @@ class Config:
     )
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
+    checkpoint_seconds: int = option(
+        600, "seconds between checkpoints within an epoch, at whose end there is one anyway; 0: none", low=0
+    )
     resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
     cache: str = option(
         "", "folder for downloaded and unpacked data (default fastai's) and, if given, for decoded images"
@@ -178,6 +181,8 @@ class Config:
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")
     progress: bool = option(True, "progress bar, on a terminal")
+    log: str = option("none", "a log beside the run's own files, in its folder", choices=("none", "tensorboard"))
+    open: bool = option(False, "open report.html in the browser; it follows the training")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -367,7 +372,7 @@ def resumed(flags):
     run = Path(flags["resume"]).expanduser()
     try:
         env = read_json(run / "env.json")
-        found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False}
+        found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False, "open": False}
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
             raise ValueError("lr or resumed is not what a run writes")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:

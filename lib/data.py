@@ -23,6 +23,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
 from PIL import Image
 
+from lib import ranks
 from lib.augment import AlbumentationsTransform, balanced_order, order, train_transforms
 from lib.config import BadInput, one_line, printable
 from lib.runs import whole_folder, write
@@ -352,6 +353,8 @@ class StoreDL(TfmdDL):
         super().__init__(dataset, **kwargs)
         random.setstate(state)  # fastai's loader draws a seed that is not needed here
         self.store, self.seed, self.epoch, self.balanced = store, seed, epoch, balanced
+        self.rank, self.world = 0, 1  # of several processes, each of which makes its part
+        self.skip = 0  # batches that the next pass leaves out at its beginning
         self.fake_l.generator = torch.Generator()  # else each pass would draw from torch's global state
         paths = list(dataset.items)
         self.ids = [store.index.get(p) for p in paths]
@@ -372,7 +375,10 @@ class StoreDL(TfmdDL):
     def __iter__(self):
         """As fastai's, but no copy to a GPU is waited for, where batches lie in pinned memory."""
         self.before_iter()
-        self.idxs = self.get_idxs()
+        skip, self.skip = self.skip, 0
+        self.idxs = self.get_idxs()[skip * self.bs :]
+        if self.world > 1 and not self.shuffle:  # whole batches; of those of training, each rank makes its slice
+            self.idxs = [i for at, i in enumerate(self.idxs) if at // self.bs % self.world == self.rank]
         device, kinds = self.device or "cpu", (TensorImage, TensorCategory)
         for batch in _loaders[self.fake_l.num_workers == 0](self.fake_l):
             batch = [kind(t.to(device, non_blocking=self.pin_memory)) for kind, t in zip(kinds, batch)]
@@ -389,7 +395,18 @@ class StoreDL(TfmdDL):
     def do_item(self, i):
         return i or 0
 
+    def in_batch(self, i):
+        """The number of images in batch `i`, over all ranks."""
+        return min(self.bs, len(self.dataset) - i * self.bs)
+
+    def own(self, i):
+        """The number of images in training's batch `i` that are this rank's; for 0 it makes one that does not count."""
+        n = self.in_batch(i)
+        return n // self.world + (self.rank < n % self.world)
+
     def do_batch(self, idxs):
+        if self.world > 1 and self.shuffle:
+            idxs = np.array_split(idxs, self.world)[self.rank].tolist() or idxs[:1]
         store, augment = self.store, None
         if self.dataset.split_idx == 0:
             augment = next((t for t in self.after_item.fs if isinstance(t, AlbumentationsTransform)), None)
@@ -470,7 +487,7 @@ def get_dls(config, device="cpu"):
         if config.workers != "auto"
         else 0
         if torch.device(device).type == "cpu"
-        else min(8, os.cpu_count())
+        else min(8, max(1, os.cpu_count() // ranks.on_this_machine()))
     )
     dls = block.dataloaders(
         root,

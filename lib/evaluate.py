@@ -1,10 +1,14 @@
 """What a learner learned: the range test's choice, test metrics, confusion, and its mistakes, explained."""
 
+import base64
 import dataclasses
+import io
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lib import gradcam, models, plots, schedules
 from lib.data import centre
@@ -60,6 +64,38 @@ def explain(learn, rows):
         for what in ("prediction", "truth")
     ]
     return np.stack([centre(store[dl.ids[i]], store.size) for i in at]), *both
+
+
+def pictured(rows, gallery, most=100):
+    """Rows of mistakes.csv that report.html has pictures of: the worst `gallery`, then the worst of each confusion,
+    its second worst and so on: `most` in all, by rank."""
+    seen, others = Counter(), []
+    for row in rows:
+        pair = row["truth"], row["prediction"]
+        seen[pair] += 1
+        if row["rank"] > gallery:
+            others.append((seen[pair], row["rank"], row))
+    others = [row for *_, row in sorted(others, key=lambda other: other[:2])]
+    return sorted(rows[:gallery] + others[: max(most - gallery, 0) if gallery else 0], key=lambda row: row["rank"])
+
+
+def save_gallery(run, rows, images, why, where):
+    """Writes gallery.json: {file: picture as a data URI, and both maps, 32 x 32 bytes in base64}, for report.html."""
+    text = lambda content: base64.b64encode(content).decode()
+    grey = lambda cam: np.asarray(Image.fromarray(cam).resize((32, 32), Image.Resampling.BOX)).clip(0, 1)
+
+    def uri(image):
+        image, file = Image.fromarray(image), io.BytesIO()
+        image.thumbnail((160, 160))
+        kind = "png" if max(image.size) <= 64 else "jpeg"  # which would blur what is shown pixel by pixel
+        image.save(file, kind, quality=85)
+        return f"data:image/{kind};base64,{text(file.getvalue())}"
+
+    found = {}
+    for row, image, *cams in zip(rows, images, why, where):
+        maps = [text((255 * grey(cam)).round().astype(np.uint8).tobytes()) for cam in cams]
+        found[row["file"]] = dict(zip(("image", "why", "where"), [uri(image), *maps]))
+    write_json(run / "gallery.json", found)
 
 
 def save_train_batch(learn, run, most=32):
@@ -167,11 +203,14 @@ def report(learn, config, run, rows, best):
 
     wrong = mistakes(learn, None, test)
     write_csv(run / "mistakes.csv", wrong, MISTAKE_COLUMNS)
-    top = wrong[: config.gallery]
+    top, shown = wrong[: config.gallery], pictured(wrong, config.gallery)
+    images, *maps = explain(learn, shown) if shown else ([], [], [])
+    save_gallery(run, shown, images, *maps)
     if top:
         which = "All" if len(top) == len(wrong) else "The worst"
         heading = f"{run_name}: {which} {len(top)} of {len(wrong)} mistakes on {test[0].size:,} test images{noted}"
-        write_figure(run / "gradcam.png", plots.gradcam(*explain(learn, top), top, heading))
+        pictures = (found[: len(top)] for found in (images, *maps))
+        write_figure(run / "gradcam.png", plots.gradcam(*pictures, top, heading))
     write_json(run / "summary.json", summary)  # last: it says that all is there
     print(closing(config, summary, len(top), run.path), flush=True)
 
@@ -190,5 +229,5 @@ def closing(config, s, shown, path):
         f"accuracy ({s['valid_acc']:.4f}){chosen}\n"
         f"target {s['target']:g} of test accuracy {when}; {s['epochs']} epochs in {s['train_seconds']:.0f} s, "
         f"{s['images_per_second']:.0f} images/s\n"
-        f"{mistakes}; look at results.png{', gradcam.png' if shown else ''} and the rest in {path}"
+        f"{mistakes}; open {path / 'report.html'}"
     )

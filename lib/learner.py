@@ -1,6 +1,7 @@
 """SGDLearner: fastai's Learner with torch's optimizers, a true record, and evaluation that disturbs nothing."""
 
 import copy
+import os
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,6 +20,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
+from lib import ranks
 from lib.callbacks import EpochRecorder, GradNoise, mixed
 from lib.config import MOMENTUM, BadInput
 from lib.runs import cpu_name
@@ -84,7 +86,8 @@ class SGDLearner(Learner):
         loss_func = loss_func or CrossEntropyLossFlat()
         self.dtype, self.scaler, self.accumulate = DTYPES[precision], None, accumulate
         self.has_momentum = optimizer in MOMENTUM
-        self.first_epoch = 0  # of the fit; more where a callback has put back the state of a fit that was cut short
+        self.first_epoch = self.first_batch = 0  # of the fit; more where a callback has put back one that was cut short
+        self.parallel = None  # the model as `ranks.DataParallel` trains it
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
         model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -120,9 +123,12 @@ class SGDLearner(Learner):
         super()._split(tuple(t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t for t in b))
 
     def _do_one_batch(self):
+        if self.training:  # what networks draw (dropout) is a function of (seed, epoch, batch, rank), and no state
+            torch.manual_seed(mixed(getattr(self.dls.train, "seed", 0), self.epochs_trained, self.iter, ranks.rank()))
         with self.autocast():
-            self.pred = self.model(*self.xb)
-        self.pred = self.pred.float()
+            self.pred = (self.parallel or self.model)(*self.xb)
+        if self.pred.dtype is not torch.float64:
+            self.pred = self.pred.float()
         self("after_pred")
         if len(self.yb):
             self.loss_grad = self.loss_func(self.pred, *self.yb)
@@ -158,10 +164,14 @@ class SGDLearner(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
-    def _do_epoch_train(self):
-        """As fastai's; what networks draw (dropout) is a function of (seed, epoch), as order and augmentation are."""
-        torch.manual_seed(mixed(getattr(self.dls.train, "seed", 0), self.epochs_trained))
-        super()._do_epoch_train()
+    def all_batches(self):
+        """As fastai's; begins behind the batches that a resumed epoch has had."""
+        first, self.first_batch = self.first_batch, 0
+        self.n_iter = len(self.dl)
+        if first:
+            self.dl.skip = first
+        for batch in enumerate(self.dl, first):
+            self.one_batch(*batch)
 
     def _do_epoch(self):
         self._do_epoch_train()
@@ -179,11 +189,11 @@ class SGDLearner(Learner):
 
         In training's precision, or with `float32` in float32.
         """
-        loss, correct, n = 0.0, 0, 0
+        sums = torch.zeros(3, dtype=torch.float64)  # of losses, of correct predictions, of images
         for _, logits, targets in self.logits(dl, float32):
-            loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-            correct += (logits.argmax(1) == targets).sum().item()
-            n += len(targets)
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            sums += torch.tensor([loss, (logits.argmax(1) == targets).sum().item(), len(targets)])
+        loss, correct, n = (ranks.total(sums) if self.parallel else sums).tolist()
         return loss / n, correct / n
 
     @torch.no_grad()
@@ -226,14 +236,14 @@ class SGDLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, **kwargs):
         """Trains `n_epoch` epochs; `learn.recorder.rows` starts anew. Raises Diverged on a non-finite loss."""
         self.recorder.reset()
-        self.first_epoch = 0
+        self.first_epoch = self.first_batch = 0
         super().fit(n_epoch, lr, [wd, 0.0] if isinstance(wd, (int, float)) else wd, **kwargs)
 
     def probe(self):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
         twin = copy.copy(self)
         twin.cbs, twin.model, twin.opt = type(self.cbs)(), copy.deepcopy(self.model), None
-        twin.accumulate = 1
+        twin.accumulate, twin.parallel = 1, None
         twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
         twin.create_opt()
         twin.opt.set_hypers(wd=self.wd)
@@ -250,9 +260,11 @@ class SGDLearner(Learner):
 def pick_device(config):
     """`--device` as a torch.device. Raises BadInput where there is no such device."""
     if config.device == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if ranks.launched():  # each its own GPU, where there are enough
+            local = int(os.environ["LOCAL_RANK"])
+            return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
+        return torch.device(kind)
     try:
         device = torch.device(config.device)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -302,6 +314,8 @@ def set_threads(config):
     """Sets torch's CPU threads to `--threads` and returns their number; it is part of what makes a run repeatable."""
     if config.threads != "auto":
         torch.set_num_threads(config.threads)
+    elif ranks.launched():  # torchrun would have one thread each
+        torch.set_num_threads(max(1, os.cpu_count() // ranks.on_this_machine()))
     return torch.get_num_threads()
 
 

@@ -147,15 +147,15 @@ def cam_layer(model, size):
     return last[0]
 
 
-def check_batches(model, config, n, size):
-    """Raises BadInput where a batch of an epoch of `n` images would be one image that `model` cannot be trained on.
+def check_batches(model, config, n, size, ranks=1):
+    """Raises BadInput where a batch, or a rank's slice of it, would be one image that `model` cannot be trained on.
 
     BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image.
     """
     from lib.config import BadInput
     from lib.schedules import batch_sizes
 
-    lone = lambda batch: n % batch == 1 or batch == 1
+    lone = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
     sizes = batch_sizes(config)
     if not any(map(lone, sizes)):
         return
@@ -164,10 +164,12 @@ def check_batches(model, config, n, size):
         with torch.random.fork_rng([]), torch.no_grad():
             twin(torch.zeros(1, 3, size, size))
     except ValueError:
-        batch = next(b for b in range(config.batch_size + 1, 2 * config.batch_size + 3) if not lone(b))
+        batch = next(
+            (b for b in range(config.batch_size + 1, 2 * max(config.batch_size, n) + 2) if not lone(b)), "more"
+        )
         more = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         raise BadInput(
-            f"--batch-size {config.batch_size}: of {n} training images a last batch of one is left{more}, on which the "
+            f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{more}, on which the "
             f"BatchNorm of {config.model} cannot be trained at {size} pixels; pass another, such as {batch}"
         ) from None
 

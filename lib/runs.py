@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -132,6 +132,7 @@ class Run:
 
     def __init__(self, path, config, env, **as_asked):
         self.path, self.env = path, env
+        path.mkdir(exist_ok=True)
         write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": "", **as_asked}, sort_keys=False))
         self.note()
 
@@ -157,6 +158,28 @@ class Run:
         write(self / "weights/best.safetensors", content)
 
 
+def check_log(kind):
+    """Raises BadInput where the package that `--log` names is not installed."""
+    if kind == "tensorboard" and not find_spec(kind):
+        raise BadInput("--log tensorboard: is not installed; uv run --with tensorboard train_fastai.py …")
+
+
+def logger(kind, folder):
+    """A function that logs the last of the rows it is given, an epoch's, to `folder`; for "none" it does nothing."""
+    if kind == "none":
+        return lambda rows: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+
+    def log(rows):
+        for name, value in rows[-1].items():
+            writer.add_scalar(name, value, rows[-1]["epoch"])
+        writer.flush()
+
+    return log
+
+
 def name_of(config):
     """The default name of a run: data, what varies, seed."""
     optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
@@ -164,24 +187,27 @@ def name_of(config):
 
 
 def start(config, **facts):
-    """A new run folder under `config.out` (-2, -3 … behind a name that is taken) with args.yaml and env.json in it."""
-    name = config.name or name_of(config)
-    for i in range(1, 10_000):
-        path = Path(config.out).expanduser() / (name if i == 1 else f"{name}-{i}")
-        try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not path.is_dir():
-                raise BadInput(f"--out {config.out}: {path} is a file; pass another folder") from None
-        except OSError as e:
-            raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
+    """A new run folder under `config.out` (-2, -3 … behind a name that is taken), made with args.yaml and env.json."""
+    name, out = config.name or name_of(config), Path(config.out).expanduser()
+    env = {**environment(), **facts}
     try:
-        make_room(path, config.out, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
-        return Run(path, config, {**environment(), **facts})
-    except BadInput:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
+            make_room(temporary, config.out, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
+            run = Run(Path(temporary) / name, config, env)
+            for i in range(1, 10_000):
+                path = out / (name if i == 1 else f"{name}-{i}")
+                try:
+                    if not os.path.lexists(path):
+                        run.path.rename(path)
+                        break
+                except OSError:
+                    if not path.exists():  # else another process was quicker
+                        raise
+    except OSError as e:
+        raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
+    run.path = path
+    return run
 
 
 def check_out(config):
@@ -222,4 +248,4 @@ def reopen(config, **facts):
     now = {**environment(), **{name: facts[name] for name in ("device", "precision", "threads", "workers")}}
     (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     same = {name: fact for name, fact in facts.items() if name not in (*now, "device_name")}
-    return Run(path, config, {**env, **same, "resumed": [*env.get("resumed", []), now]}, **asked)
+    return Run(path, config, {**facts, **now, **env, **same, "resumed": [*env.get("resumed", []), now]}, **asked)

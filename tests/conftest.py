@@ -1,5 +1,8 @@
 import hashlib
 import os
+import socket
+import sys
+import traceback
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from lib import config as settings
-from lib import data, learner, models
+from lib import data, learner, models, ranks
 from train_fastai import main
 
 # the options of a run of a second
@@ -138,3 +141,35 @@ def state_of(learn):
         str(np.random.get_state()),
         random.getstate(),
     )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(n, job, path):
+    """Runs `job(rank)` in `n` processes as torchrun would; returns their exit statuses, -9 for a SIGKILL.
+
+    They are forked from this process, which saves them the imports; what they print goes to rank<n>.txt in `path`.
+    """
+    port, children = str(free_port()), []
+    for rank in range(n):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                out = os.open(path / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(out, 1), os.dup2(out, 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+                os.environ.update(zip(ranks.TORCHRUN, (str(rank), str(n), str(rank), str(n), "127.0.0.1", port)))
+                torch.set_num_threads(1)  # the threads of the parent are not there
+                status = job(rank) or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -1,7 +1,6 @@
 """What the benchmarks share: generated images, and the machine in words."""
 
 import json
-import os
 from pathlib import Path
 
 import cv2
@@ -40,7 +39,9 @@ def links(source, root, n, test):
         for folder in folders:
             (root / where / folder.name).mkdir(parents=True, exist_ok=True)
             for path in sorted(folder.iterdir())[: count // len(folders)]:
-                os.symlink(path.resolve(), root / where / folder.name / path.name)
+                link = root / where / folder.name / path.name
+                if not link.exists():
+                    link.symlink_to(path.resolve())
     return root
 
 

@@ -1,0 +1,144 @@
+"""Several processes: torchrun starts them, torch's DistributedDataParallel joins their gradients."""
+
+import io
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from torch.nn.parallel import DistributedDataParallel
+
+from lib.config import BadInput, OneLine, one_line
+
+TIMEOUT = timedelta(hours=2)  # the others wait as long while the first decodes images or tests learning rates
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched():
+    """Whether torchrun started this process as one of several; a stray RANK alone does not say so."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def on_this_machine():
+    """How many processes of this run the machine has."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+
+
+@contextmanager
+def joined(device):
+    """Joins the processes that torchrun started, for one run: gloo between CPUs, nccl between GPUs.
+
+    Gives whether this process is the first. Raises Lost where another rank is gone.
+    """
+    if not launched() or dist.is_initialized():
+        yield leads()
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device: several processes run on cpu or cuda, not {device.type}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield leads()
+    except BadInput as e:
+        raise BadInput(e.text if leads() else f"rank {rank()}: {e}") from None
+    except RuntimeError as e:
+        if not any(word in str(e) for word in ("gloo", "NCCL", "Connection", "peer")):
+            raise
+        raise Lost(f"rank {rank()}: another rank is gone, see its message ({one_line(e)[:200]})") from None
+    dist.destroy_process_group()
+
+
+class Lost(OneLine):
+    """Another process of the run ended (exit status 1)."""
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leads():
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def total(values):
+    """The sum over the ranks of a float64 CPU tensor, the same to the bit on each of them."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(*flags):
+    """Whether each flag is set on any of the ranks."""
+    if world() == 1:
+        return flags
+    return [n > 0 for n in total(torch.tensor([float(bool(flag)) for flag in flags], dtype=torch.float64)).tolist()]
+
+
+def same(value):
+    """The first rank's `value` (tensors, plain values, dicts and lists of them) on every rank."""
+    if world() == 1:
+        return value
+    content = io.BytesIO()
+    if leads():
+        torch.save(value, content)
+    size = torch.tensor([content.tell()])
+    dist.broadcast(size, 0)
+    found = torch.frombuffer(bytearray(content.getvalue() or bytes(int(size))), dtype=torch.uint8)
+    dist.broadcast(found, 0)
+    return torch.load(io.BytesIO(found.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def first_alone():
+    """What stands inside, the first rank does before the others do it: they find what it wrote."""
+    if world() > 1 and not leads():
+        dist.barrier()
+    yield
+    if world() > 1 and leads():
+        dist.barrier()
+
+
+def callbacks():
+    """What a fit on several ranks needs."""
+    return [DataParallel()] if world() > 1 else []
+
+
+class DataParallel(Callback):
+    """Trains one model on several ranks, as one process would: each has its slice of every batch.
+
+    Slices may be uneven: DistributedDataParallel takes the mean of the ranks' gradients, so a rank's loss counts by its
+    share of the batch's images. BatchNorm sees its rank's slice alone; the first rank's running statistics are kept.
+    """
+
+    order = 30
+
+    def before_fit(self):
+        learn = self.learn
+        for dl in learn.dls:
+            dl.rank, dl.world = rank(), world()
+        device = next(learn.model.parameters()).device
+        learn.parallel = DistributedDataParallel(learn.model, [device] if device.type == "cuda" else None)
+
+    def after_loss(self):
+        learn = self.learn
+        if learn.training:
+            share = learn.dl.own(learn.iter) / learn.dl.in_batch(learn.iter)
+            learn.loss_grad = learn.loss_grad * (share * world())
+
+    def after_train(self):
+        for buffer in self.learn.model.buffers():
+            dist.broadcast(buffer, 0)
+
+    def after_fit(self):
+        self.learn.parallel = None
+        for dl in self.learn.dls:
+            dl.rank, dl.world = 0, 1

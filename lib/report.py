@@ -1,0 +1,268 @@
+"""report.html: a run, or a comparison, on one page that needs nothing but itself. Made from its folder alone.
+
+python -m lib.report runs/x [--open]
+
+`report.html` beside this file is the page without its data, which goes into it as JSON in one place; there names become
+text and nothing else. The curves are inline SVG that its own script draws, in some 130 lines: a plotting library would
+be many times the rest of the page, with a licence to carry along, for lines, bands and dots. Needs no torch.
+"""
+
+import csv
+import dataclasses
+import html
+import json
+import math
+import shlex
+import statistics
+import sys
+import webbrowser
+from itertools import zip_longest
+from pathlib import Path
+from urllib.parse import quote
+
+import yaml
+
+from lib import runs
+from lib.config import BadInput, Config, Parser, flag_of, one_line, printable
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PICTURES, ROWS = 3_500_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
+MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
+ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
+ELSEWHERE = ("classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
+CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
+
+
+def read_table(path):
+    """A CSV file as lists of text, the header first; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f:
+        return list(csv.reader(f))
+
+
+def read_json(path, other):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else other
+
+
+def number(text):
+    """Six digits of a number; None where it is not finite."""
+    x = float(text)
+    return float(f"{x:.6g}") if math.isfinite(x) else None
+
+
+def columns(path):
+    """A CSV file of numbers as {column: numbers}."""
+    head, *rows = read_table(path) or [[]]
+    return {name: [number(row[i]) for row in rows] for i, name in enumerate(head)}
+
+
+def text(value):
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def duration(seconds):
+    """Seconds as people say it."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
+
+
+def command(args, env):
+    """The command line of the settings `args`; what was typed, where they are those of another version."""
+    try:
+        config = Config(**{k: v for k, v in args.items() if k not in ASIDE})
+        plain = Config(data=config.data, schedule=config.schedule, lr_scale=config.lr_scale)  # others depend on these
+    except (BadInput, TypeError):
+        return f"uv run {env.get('command', '')}"
+    words = ["uv", "run", "train_fastai.py"]
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        if value == (f.default if f.name in ("data", "schedule", "lr_scale") else getattr(plain, f.name)):
+            continue
+        if isinstance(value, bool):
+            words.append(flag_of(f.name) if value else "--no-" + flag_of(f.name)[2:])
+        else:
+            words += [flag_of(f.name), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
+
+
+def headline(args, env, rows, summary, live):
+    """The result, as [what, value, note]."""
+    n, of = len(rows.get("epoch", [])), args["epochs"]
+    if summary:
+        s, images = summary, env["images"]["test"]
+        reached = s["epochs_to_target"]
+        held = "" if s["chosen_on"] == "valid" else "; test chose the weights, so it is too good"
+        return [
+            ["test accuracy", f"{s['test_acc']:.4f}", f"{images - s['mistakes']:,} of {images:,} images right{held}"],
+            ["weights kept", f"epoch {s['best_epoch']}",
+             f"of {n}, best {s['chosen_on']} accuracy {s['valid_acc']:.4f}"],
+            [f"test accuracy of {s['target']:g}", f"epoch {reached}" if reached else "not reached",
+             f"after {duration(s['seconds_to_target'])}" if reached else f"the most was {max(rows['test_acc']):.4f}"],
+            ["training", duration(s["train_seconds"]), f"{s['images_per_second']:,.0f} images/s, evaluation included"],
+        ]  # fmt: skip
+    if not n:
+        return [["epoch", f"0 of {of}", "the first is under way" if live else ""]]
+    best = max(range(n), key=lambda i: rows["valid_acc"][i])
+    seconds = rows["seconds"][-1]
+    when = f"about {duration(seconds / n * (of - n))} left" if live else f"{duration(seconds)} so far"
+    return [
+        ["epoch", f"{n} of {of}", when],
+        ["test accuracy", f"{rows['test_acc'][-1]:.4f}", f"after epoch {n}"],
+        ["best valid accuracy", f"{rows['valid_acc'][best]:.4f}", f"epoch {best + 1}"],
+        ["learning rate", f"{rows['lr'][-1]:.3g}", f"in epoch {n}"],
+    ]
+
+
+def settings(args, env):
+    """The settings that matter most, as [what, value]."""
+    sets = ", ".join(f"{n:,} {name}" for name, n in env["images"].items())
+    how = f"range test, {args['lr_suggest']}" if args["lr"] == "find" else "as given"
+    device = f" ({env['device_name']})" if env["device_name"] != env["device"] else ""
+    return [
+        ["data", f"{args['data']}: {sets}; {len(env['classes'])} classes, {env['size']} x {env['size']} pixels"],
+        ["network", f"{args['model']}, {env['params']:,} parameters"],
+        ["learning rate", f"{env['lr']:.4g} ({how}), {args['schedule']}" if "lr" in env else args["schedule"]],
+        ["optimizer", f"{args['optimizer']}, momentum {args['momentum']:g}, weight decay {args['weight_decay']:g}"],
+        ["batches, epochs", f"{args['batch_size']} images, {args['epochs']} epochs"],
+        ["seed", " ".join(map(str, args["seeds"]))],
+        ["computed on", f"{env['device']}{device}, {env['precision']}, {env['threads']} threads"],
+    ]
+
+
+def mistakes(folder):
+    """Of a finished run: classes, confusion matrix, most frequent confusions, mistakes with the pictures that fit.
+
+    Those have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
+    """
+    head, *counts = read_table(folder / "confusion_matrix.csv") or [[]]
+    classes, counts = head[1:], [[int(n) for n in row[1:]] for row in counts]
+    at = {name: i for i, name in enumerate(classes)}
+    pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:PAIRS]
+    pictures, found, room, left = read_json(folder / "gallery.json", {}), [], ROWS, PICTURES
+    for _, file, truth, prediction, *numbers in read_table(folder / "mistakes.csv")[1:]:
+        row = dict(file=file, truth=at[truth], prediction=at[prediction], **dict(zip("lpq", map(number, numbers))))
+        room -= len(json.dumps(row))
+        if room < 0:
+            break
+        if file in pictures and (left := left - len(json.dumps(pictures[file]))) >= 0:
+            row["picture"] = pictures[file]
+        found.append(row)
+    return dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=found)
+
+
+def of_run(folder, live):
+    """What the page shows of a run, finished or not."""
+    asked = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
+    args = {**{f.name: f.default for f in dataclasses.fields(Config)}, **asked}
+    env, summary = read_json(folder / "env.json", None), read_json(folder / "summary.json", None)
+    rows = columns(folder / "results.csv")
+    n, cuts = len(rows.get("epoch", [])), []
+    if n and args["schedule"] in ("plateau", "grow_batch"):
+        steps = list(zip(rows["lr"], rows["batch_size"]))
+        cuts = [i + 1.5 for i, (a, b) in enumerate(zip(steps, steps[1:])) if b[0] < a[0] or b[1] > a[1]]
+    state = "done" if summary else "live" if live else "stopped"
+    notes = {
+        "done": "",
+        "live": f"In training: {n} of {args['epochs']} epochs. This page renews itself.",
+        "stopped": "Stopped after the range test." if not n and "lr_suggestions" in env else
+        f"Not finished: {n} of {args['epochs']} epochs.",
+    }  # fmt: skip
+    commit = env.get("commit") or ""
+    return {
+        "kind": "run", "name": folder.resolve().name, "state": state, "note": notes[state],
+        "headline": headline(args, env, rows, summary, live), "settings": settings(args, env),
+        "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"],
+        "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
+        "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
+        "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],
+        **(mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])),
+        "command": command(asked, env), "typed": env.get("command", ""),
+        "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
+        "all": {k: text(v) for k, v in asked.items()},
+        "env": {k: text(v) for k, v in env.items() if v != [] and k not in ELSEWHERE},
+    }  # fmt: skip
+
+
+def of_comparison(folder):
+    """What the page shows of a comparison; curves are those of the run folders that are where comparison.csv says."""
+    head, *found = read_table(folder / "comparison.csv")
+    found = [dict(zip(head, row)) for row in found]
+    _, table, *notes = (folder / "comparison.md").read_text(encoding="utf-8").strip().split("\n\n")
+    variants = {}
+    for row in found:
+        run = folder / row["folder"]
+        row["link"] = quote(f"{row['folder']}/report.html") if (run / "report.html").exists() else None
+        variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
+    curves = [{"name": name, **{c: mean_and_deviation(group, c) for c in CURVES}} for name, group in variants.items()]
+    shown = ("variant", "seed", "test_acc", "valid_acc", "best_epoch", "lr", "train_seconds", "folder", "link")
+    return {
+        "kind": "comparison", "name": folder.resolve().name, "state": "done", "notes": notes, "curves": curves,
+        "table": [line[2:-2].split(" | ") for line in table.split("\n") if not line.startswith("| --- ")],
+        "runs": [{k: row[k] for k in shown} for row in found],
+    }  # fmt: skip
+
+
+def mean_and_deviation(group, column):
+    """[mean, standard deviation] of `column` over the runs of `group`, an epoch each."""
+    each = [[v for v in epoch if v is not None] for epoch in zip_longest(*[r.get(column, []) for r in group])]
+    return [[number(statistics.fmean(v)), number(statistics.stdev(v)) if len(v) > 1 else 0] for v in each if v]
+
+
+def page(data):
+    """The HTML of what `of_run` or `of_comparison` found."""
+    safe = json.dumps(data, allow_nan=False).translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
+    done = "" if data["state"] != "live" else f"{data['headline'][0][1]}: "
+    before, rest = TEMPLATE.read_text(encoding="utf-8").split("{{title}}")
+    between, after = rest.split("{{data}}")
+    return before + html.escape(done + data["name"]) + between + safe + after
+
+
+def write(folder, live=False, show=False):
+    """Writes report.html of a run folder or a comparison, and returns its path.
+
+    `live`: it renews itself every few seconds; `show` opens it in the browser. Raises BadInput where the folder is
+    neither, or cannot be written to.
+    """
+    folder = Path(folder)
+    if not (folder / "comparison.csv").exists() and not (folder / "env.json").exists():
+        raise BadInput(f"{folder}: is no run folder and no comparison")
+    try:
+        data = of_comparison(folder) if (folder / "comparison.csv").exists() else of_run(folder, live)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as e:
+        raise BadInput(f"{folder}: its files are damaged ({one_line(e)}); start a new run") from None
+    runs.write(folder / "report.html", page(data))
+    if show:
+        webbrowser.open((folder / "report.html").resolve().as_uri())
+    return folder / "report.html"
+
+
+def follow(run, log):
+    """What a run does after each epoch: a function of the rows so far that writes results.csv, the page and the log."""
+    log = runs.logger(log, run / "tensorboard")
+
+    def after_epoch(rows):
+        run.save_rows(rows)
+        write(run.path, live=True)
+        log(rows)
+
+    return after_epoch
+
+
+def main(argv=None):
+    p = Parser(prog="python -m lib.report", description="Write report.html, a run or a comparison on one page.")
+    p.add_argument("folders", nargs="+", metavar="folder", help="a run folder, or that of a comparison")
+    p.add_argument("--open", action="store_true", help="open it in the browser")
+    try:
+        args = p.parse_args(argv)
+        for folder in args.folders:
+            print(printable(write(folder, show=args.open)))
+        return 0
+    except BadInput as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,480 @@
+"""report.html. The folders are made here, of invented numbers, so that few of these tests need a training."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from lib import callbacks, compare, config, evaluate, report, runs
+from lib.config import Config
+from lib.runs import write_csv, write_table
+from tests.browser import CHROMIUM, Browser
+from train_fastai import main
+
+EVIL = [
+    "</script><script>alert(1)</script>",
+    "\"><img src=x onerror='alert(2)'>",
+    "a\n&amp; 🐸 \u2028<!--",
+    "__proto__",
+]
+
+
+def rows_of(n, best=0.9):
+    """n rows of results.csv; halfway the rate falls."""
+    rise = lambda i: best * (1 - 0.5 ** (i + 1))
+    return [
+        dict(epoch=i + 1, seconds=2.5 * (i + 1), lr=0.1 if i < n / 2 else 0.03, momentum=0.9, batch_size=64)
+        | {f"{s}_{w}": v for s in ("train", "valid", "test") for w, v in (("loss", 2 / (i + 1)), ("acc", rise(i)))}
+        for i in range(n)
+    ]
+
+
+def run_folder(path, classes=("cat", "dog", "frog"), epochs=6, finished=True, side=32, mistakes=12, seed=0, **settings):
+    """A run folder as a run leaves it; what is taken for what goes round among the classes."""
+    path.mkdir(parents=True)
+    n, rng = len(classes), np.random.default_rng(seed)
+    args = {**Config(epochs=6, seeds=(seed,), **settings).to_dict(), "resume": ""}
+    (path / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
+    env = dict(python="3.11", gpus=[], command="train_fastai.py --data <b>", commit="0123456789abcdef+", device="cpu")
+    env |= dict(device_name="a chip", precision="float32", threads=2, size=side, images=dict(train=9, valid=1, test=90))
+    env |= dict(classes=list(classes), chosen_on="valid", params=1234, data_fingerprint="f", lr=0.1)
+    env["lr_suggestions"] = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
+    (path / "env.json").write_text(json.dumps(env))
+    lrs = np.geomspace(1e-5, 10, 50)
+    losses = 2.3 - np.exp(-(np.log10(lrs) ** 2)) + np.where(lrs > 5, np.inf, 0)
+    write_table(path / "lr_find.csv", ["lr", "loss", "smooth_loss"], zip(lrs, losses, np.minimum(losses, 9)))
+    if epochs:
+        write_csv(path / "results.csv", rows_of(epochs, 0.8 + 0.01 * seed))
+    if not finished:
+        return path
+    wrong, counts = [], 25 * np.eye(n, dtype=int)
+    for i in range(mistakes):
+        truth, taken = i % n, (i + 1 + i // n % (n - 1)) % n
+        counts[truth, taken] += 1
+        row = dict(rank=i + 1, file=f"{classes[truth]}/{i}.png", truth=classes[truth], prediction=classes[taken])
+        wrong.append(row | dict(loss=9 - i / 99, p_prediction=0.9, p_truth=1e-4 * (i + 1)))
+    table = [[name, *row] for name, row in zip(classes, counts.tolist())]
+    write_table(path / "confusion_matrix.csv", ["truth", *classes], table)
+    write_csv(path / "mistakes.csv", wrong, evaluate.MISTAKE_COLUMNS)
+    shown = evaluate.pictured(wrong, 25)
+    pictures = rng.integers(0, 256, (len(shown), side, side, 3), np.uint8)
+    ramp = np.broadcast_to(np.linspace(0, 1, side, dtype=np.float32), (len(shown), side, side))
+    evaluate.save_gallery(path, shown, pictures, ramp, 1 - ramp)
+    summary = dict(test_acc=0.8, valid_acc=0.85, last_test_acc=0.8, chosen_on="valid", best_epoch=5, mistakes=mistakes)
+    summary |= dict(lr=0.1, epochs=epochs, target=0.88, epochs_to_target=4, seconds_to_target=10.0, train_seconds=15.0)
+    summary |= dict(images_per_second=99.0, optimizer_state_bytes=1, params=1234)
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def data_of(page):
+    """The data in a page."""
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def test_the_page_is_of_the_folder_alone(tmp_path):
+    run = run_folder(tmp_path / "run")
+    page = report.write(run)
+    before = page.read_bytes()
+    page.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    assert report.write(run.rename(tmp_path / "elsewhere/run")).read_bytes() == before
+    run = tmp_path / "elsewhere/run"
+    data = data_of(run / "report.html")
+    assert data["headline"][0] == ["test accuracy", "0.8000", "78 of 90 images right"] and data["kept"] == 5
+    assert data["rows"]["test_acc"] == pytest.approx([row["test_acc"] for row in rows_of(6, 0.8)], rel=1e-5)
+    assert data["cuts"] == [3.5] and data["range"]["loss"][-1] is None
+    assert data["confusion"] == [[25, 2, 2], [2, 25, 2], [2, 2, 25]]
+    assert [m["file"] for m in data["mistakes"]] == [row["file"] for row in csv.DictReader(open(run / "mistakes.csv"))]
+    assert {(data["classes"][m["truth"]], data["classes"][m["prediction"]]) for m in data["mistakes"][:3]} == {
+        ("cat", "dog"), ("dog", "frog"), ("frog", "cat")
+    }  # fmt: skip
+    assert data["commit"] == "0123456789ab, with changes" and "gpus" not in data["env"]
+
+
+def test_pictures_and_maps_are_those_of_the_mistakes(tmp_path):
+    rows = [dict(rank=i, file=f"{i}.png") for i in range(2)]
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
+    maps = np.random.default_rng(1).random((2, 2, 32, 32), np.float32)
+    evaluate.save_gallery(tmp_path, rows, images, *maps)
+    found = json.loads((tmp_path / "gallery.json").read_text())
+    for i, file in enumerate(["0.png", "1.png"]):
+        with Image.open(io.BytesIO(base64.b64decode(found[file]["image"].split(",")[1]))) as image:
+            assert (np.asarray(image) == images[i]).all()
+        for k, name in enumerate(("why", "where")):
+            got = np.frombuffer(base64.b64decode(found[file][name]), np.uint8).reshape(32, 32)
+            assert np.abs(got / 255 - maps[k, i]).max() < 0.5 / 255 + 1e-6
+
+
+def test_every_confusion_has_a_picture_before_one_has_its_fourth():
+    rng = np.random.default_rng(0)
+    rows = [
+        dict(rank=i + 1, truth=int(t), prediction="x")
+        for i, t in enumerate(rng.choice(30, 500, p=np.arange(1, 31) / 465))
+    ]
+    shown = evaluate.pictured(rows, 25)
+    assert len(shown) == 100 and shown[:25] == rows[:25] and shown == sorted(shown, key=lambda row: row["rank"])
+    assert {row["truth"] for row in shown} == {row["truth"] for row in rows}
+    of = lambda truth: [row for row in rows if row["truth"] == truth]
+    for truth in range(30):  # of each confusion the worst
+        kept = [row for row in shown if row["truth"] == truth]
+        assert kept == of(truth)[: len(kept)]
+    assert evaluate.pictured(rows, 0) == [] and evaluate.pictured(rows[:7], 5) == rows[:7]
+    assert evaluate.pictured(rows, 100) == rows[:100]
+
+
+def test_nothing_is_loaded_and_names_are_text(tmp_path):
+    run = run_folder(tmp_path / "<b>run & 'co", EVIL, data='a <folder>/of "quotes"')
+    page = report.write(run)
+    text, data = page.read_text(encoding="utf-8"), data_of(page)
+    assert data["classes"] == EVIL and data["mistakes"][0]["file"] == f"{EVIL[0]}/0.png" and data["name"] == run.name
+    assert text.count("</script") == text.count("<script") == 2 and "<!--" not in text.split("</style>")[1]
+    assert not re.search(r"alert\(1\)</|<img|<b>|<folder|\u2028", text)
+    assert "<title>&lt;b&gt;run &amp; &#x27;co</title>" in text
+    assert "Content-Security-Policy" in text and "default-src 'none'" in text
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert not re.search(r"@import|url\((?!#)|<link(?! rel=\"icon\" href=\"data:)|\bsrc=", text.split('id="data"')[0])
+
+
+def test_large_runs_stay_below_5_megabytes(tmp_path):
+    classes = [f"class number {i} of those that there are, each with a rather long name" for i in range(400)]
+    run = run_folder(tmp_path / "run", classes, 2000, side=300, mistakes=20_000)
+    page = report.write(run)
+    data = data_of(page)
+    assert 1e6 < page.stat().st_size < 5e6
+    assert data["confusion"] is None and len(data["pairs"]) == report.PAIRS and data["wrong"] == 20_000
+    assert 1000 < len(data["mistakes"]) < 20_000
+    assert sum("picture" in m for m in data["mistakes"]) > 50 and len(data["rows"]["lr"]) == 2000
+
+
+def test_runs_of_any_state(tmp_path):
+    state = lambda path, live=False: [(d := data_of(report.write(path, live)))["state"], d["note"], d["headline"][0]]
+    run = run_folder(tmp_path / "a", epochs=3, finished=False)
+    assert state(run) == ["stopped", "Not finished: 3 of 6 epochs.", ["epoch", "3 of 6", "8 s so far"]]
+    assert state(run, True)[0] == "live" and state(run, True)[2] == ["epoch", "3 of 6", "about 8 s left"]
+    assert "<title>3 of 6: a</title>" in (run / "report.html").read_text()
+    run = run_folder(tmp_path / "b", epochs=0, finished=False)
+    assert state(run)[1] == "Stopped after the range test." and "0 of 6" in state(run, True)[1]
+    run = run_folder(tmp_path / "c", mistakes=0)
+    (run / "lr_find.csv").unlink()
+    (run / "gallery.json").unlink()
+    assert state(run, True)[:2] == ["done", ""] and data_of(run / "report.html")["mistakes"] == []
+    assert data_of(run / "report.html")["range"] == {}
+    run = run_folder(tmp_path / "d")
+    (run / "gallery.json").unlink()  # as runs of an earlier version
+    assert state(run)[0] == "done" and not any("picture" in m for m in data_of(run / "report.html")["mistakes"])
+    (run / "summary.json").unlink()  # as --resume does: what the end wrote is of other weights
+    assert state(run)[0] == "stopped" and data_of(run / "report.html")["classes"] == []
+
+
+def test_a_live_page_costs_little_and_needs_no_torch(tmp_path):
+    run = run_folder(tmp_path / "run", epochs=50, finished=False)
+    code = f"""
+import sys, time
+from lib import report
+report.write({str(run)!r}, live=True)
+start = time.process_time()
+for i in range(5):
+    report.write({str(run)!r}, live=True)
+print((time.process_time() - start) / 5)
+assert not {{"torch", "matplotlib", "numpy", "fastai"}} & set(sys.modules), sys.modules.keys()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--data digits --epochs 3 --seeds 4",
+        "--data 'my photos/a b' --schedule one_cycle --flip --lr 0.05 --valid-pct 0 --lr-scale linear --size 64",
+        "--data digits --no-flip --optimizer adam --momentum 0.8 --balanced-batches -b 32 --out elsewhere --open",
+    ],
+)
+def test_the_command_gives_the_same_settings(argv):
+    c = config.parse(shlex.split(argv))
+    line = shlex.split(report.command(c.to_dict(), {}))
+    assert line[:3] == ["uv", "run", "train_fastai.py"]
+    again = config.parse(line[3:]).to_dict()
+    assert {k: v for k, v in again.items() if k not in report.ASIDE} == {
+        k: v for k, v in c.to_dict().items() if k not in report.ASIDE
+    }
+    assert report.command({"unknown": 1}, {"command": "train_fastai.py -b 8"}) == "uv run train_fastai.py -b 8"
+
+
+def comparison_folder(path, name="one_cycle"):
+    """Two variants with two seeds each, compared."""
+    for seed in (0, 1):
+        run_folder(path / f"plateau-s{seed}", seed=seed)
+        run_folder(path / f"{name}-s{seed}", seed=seed, schedule="one_cycle", epochs=5 + seed)
+    compare.report(sorted(path.iterdir(), reverse=True), path)
+    return path
+
+
+def test_a_comparison_has_its_table_curves_and_links(tmp_path, capsys):
+    folder = comparison_folder(tmp_path / "both")
+    report.write(folder / "plateau-s0")
+    data = data_of(report.write(folder))
+    assert data["kind"] == "comparison" and data["table"][1][:3] == ["plateau", "2", "0.8000 ± 0.0000"]
+    assert all(len(row) == len(data["table"][0]) for row in data["table"])
+    assert any("one_cycle equals plateau" in note for note in data["notes"])
+    assert [curve["name"] for curve in data["curves"]] == ["plateau", "one_cycle"]
+    two = [rows_of(n, best)[4]["test_acc"] for n, best in ((5, 0.8), (6, 0.81))]
+    assert data["curves"][1]["test_acc"][4] == pytest.approx([np.mean(two), np.std(two, ddof=1)], rel=1e-4)
+    assert len(data["curves"][1]["lr"]) == 6 and data["curves"][1]["lr"][5][1] == 0
+    links = {row["folder"]: row["link"] for row in data["runs"]}
+    assert links["plateau-s0"] == "plateau-s0/report.html" and links["one_cycle-s1"] is None
+
+    other = tmp_path / "other"  # runs that lie elsewhere are found from there
+    assert compare.main([*(str(folder / f"plateau-s{s}") for s in (0, 1)), "--out", str(other)]) == 0
+    data = data_of(other / "report.html")
+    assert data["runs"][0]["link"] == "../both/plateau-s0/report.html" and len(data["curves"][0]["lr"]) == 6
+    shutil.rmtree(folder)
+    assert data_of(report.write(other))["curves"][0]["lr"] == []
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    run, shown = run_folder(tmp_path / "run"), []
+    monkeypatch.setattr(report.webbrowser, "open", shown.append)
+    assert report.main([str(run)]) == 0 and shown == [] and (run / "report.html").exists()
+    assert report.main([str(run), "--open"]) == 0 and shown == [(run / "report.html").resolve().as_uri()]
+    capsys.readouterr()
+    (run / "summary.json").write_text("{")
+    for bad in ([str(tmp_path)], [str(tmp_path / "nowhere")], [str(run)], [], ["--nonsense"]):
+        assert report.main(bad) == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit, match="0"):
+        report.main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) < 15
+
+
+@pytest.mark.parametrize("end", ["done", "interrupted", "diverged"])
+def test_training_keeps_the_page_up_to_date(bands, tmp_path, cache, monkeypatch, end):
+    """Live before the first epoch and after each; still at the end, however it comes."""
+    seen, write, shown = [], report.write, []
+    monkeypatch.setattr(report, "write", lambda *a, **k: seen.append(data_of(path := write(*a, **k))) or path)
+    monkeypatch.setattr(report.webbrowser, "open", shown.append)
+    after_train = callbacks.EpochRecorder.after_train
+
+    def stop(self):
+        if self.epoch == 1 and end != "done":
+            raise KeyboardInterrupt if end == "interrupted" else callbacks.Diverged("the loss is nan")
+        after_train(self)
+
+    monkeypatch.setattr(callbacks.EpochRecorder, "after_train", stop)
+    argv = ["--data", bands, "--size", 32, "--model", "small", "--epochs", 2, "--lr", 0.05, "-b", 16, "--gallery", 0]
+    status = main([*map(str, argv), "--out", str(tmp_path), "--name", "x", "--cache", str(cache), "--open"])
+    assert status == {"done": 0, "interrupted": 130, "diverged": 3}[end] and len(shown) == 1
+    epochs = [len(data["rows"].get("epoch", [])) for data in seen]
+    if end == "done":
+        assert [data["state"] for data in seen] == ["live", "live", "live", "done"] and epochs == [0, 1, 2, 2]
+    else:
+        assert [data["state"] for data in seen] == ["live", "live", "stopped"] and epochs == [0, 1, 1]
+
+
+def test_the_bar_shows_loss_accuracy_rate_and_time_left(make, monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    _, learn = make(cbs=[callbacks.Progress()])
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(callbacks, "CHECK_EVERY", 2)
+    bar = callbacks.tqdm
+    monkeypatch.setattr(callbacks, "tqdm", lambda **kwargs: bar(**{**kwargs, "mininterval": 0}))
+    monkeypatch.setattr(callbacks.tqdm, "format_interval", bar.format_interval, raising=False)
+    learn.fit(2, 0.02)
+    text = sys.stderr.getvalue()
+    assert re.search(r"epoch 2/2: .*acc=[01]\.\d{3}, left=00:0\d, loss=\d\.\d{3}, lr=0.02", text), text[-500:]
+
+
+def test_a_log_for_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    assert main(["--data", "digits", "--out", str(tmp_path), "--log", "tensorboard"]) == 2
+    err = capsys.readouterr().err
+    assert "is not installed" in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            told.append(folder)
+
+        def add_scalar(self, *what):
+            told.append(what)
+
+        def flush(self):
+            told.append("flush")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    log, rows = runs.logger("tensorboard", "there"), rows_of(2)
+    log(rows[:1]), log(rows)
+    assert told[0] == "there" and told.count("flush") == 2 and len(told) == 1 + 2 * (len(rows[0]) + 1)
+    assert ("test_acc", rows[0]["test_acc"], 1) in told and ("test_acc", rows[1]["test_acc"], 2) in told
+    assert runs.logger("none", "there")(rows) is None and len(told) == 1 + 2 * (len(rows[0]) + 1)
+
+
+browser = pytest.mark.browser
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (Debian: apt-get install chromium)")
+VISIBLE = "[...document.querySelectorAll('.card')].filter(card => !card.hidden).length"
+
+
+@pytest.fixture(scope="module")
+def page():
+    """A headless Chromium."""
+    with Browser() as b:
+        yield b
+
+
+def quiet(b):
+    """Whether nothing went wrong since the last look, and nothing was asked for but files that were opened."""
+    wrong, asked = b.console[:], [url for url in b.requests if not url.startswith(("file:", "data:"))]
+    b.console.clear(), b.requests.clear()
+    return not wrong and not asked or (wrong, asked)
+
+
+@browser
+@needs_chromium
+def test_cells_and_lists_filter_the_mistakes(page, tmp_path):
+    run = run_folder(tmp_path / "run")
+    page.open(report.write(run))
+    assert page.js(VISIBLE) == 12
+    page.mouse("[data-pair='0,1']", click=True)
+    assert page.js(VISIBLE) == 2 and "2 mistakes (cat taken for dog)" in page.js(
+        "document.querySelector('.count').textContent"
+    )
+    names = "[...document.querySelectorAll('.card:not([hidden]) .soft .name')].map(name => name.textContent)"
+    assert page.js(names) == ["cat/0.png", "cat/6.png"]
+    assert page.js("document.querySelectorAll('details tbody tr').length") == 2
+    assert page.js("document.querySelector('[data-pair=\"0,1\"]').getAttribute('aria-pressed')") == "true"
+    assert page.js("[truth.value, prediction.value]") == ["0", "1"]
+    page.mouse("[data-pair='0,1']", click=True)
+    assert page.js(VISIBLE) == 12
+    page.js("truth.value = '2', truth.dispatchEvent(new Event('change'))")
+    assert page.js(VISIBLE) == 4
+    # by keyboard: the matrix is one stop, arrows go between its cells, the space bar presses
+    page.js("document.querySelector('.matrix button').focus()")
+    page.key("ArrowRight")
+    assert page.js("document.activeElement.dataset.pair") == "0,2"
+    page.key("ArrowDown")
+    assert page.js("document.activeElement.dataset.pair") == "1,2"
+    page.key(" ")
+    assert page.js("[truth.value, prediction.value]") == ["1", "2"] and page.js(VISIBLE) == 2
+    assert quiet(page) is True
+
+
+@browser
+@needs_chromium
+def test_the_views_toggle(page, tmp_path):
+    page.open(report.write(run_folder(tmp_path / "run")))
+    shown = "[...document.querySelectorAll('.card canvas')].map(c => c.hidden)"
+    red = """(context => {
+        context.drawImage(document.querySelector('.card canvas'), 0, 0);
+        return [0, 31].map(x => context.getImageData(0, 9, 32, 1).data[4 * x]);
+    })(new OffscreenCanvas(32, 32).getContext('2d', {willReadFrequently: true}))"""
+    assert set(page.js(shown)) == {True}
+    page.mouse("label:has([value=why])", click=True)
+    assert set(page.js(shown)) == {False} and page.js(red) == [0, 252]
+    page.key("ArrowRight")
+    assert page.js("document.querySelector('input[value=where]').checked") and page.js(red) == [252, 0]
+    page.mouse(".card button", click=True)  # one alone
+    assert page.js(shown)[:2] == [True, False]
+    size = page.js(
+        "['img', 'canvas'].map(tag => document.querySelectorAll(`.card ${tag}`)[1].getBoundingClientRect().toJSON())"
+    )
+    assert size[0] == size[1] and size[0]["width"] > 100
+    assert quiet(page) is True
+
+
+@browser
+@needs_chromium
+def test_curves_are_read_by_pointer_and_by_keys(page, tmp_path):
+    page.open(report.write(run_folder(tmp_path / "run")))
+    read = "[...document.querySelectorAll('.readout')].map(r => r.textContent)"
+    assert [text[:14] for text in page.js(read)[:3]] == ["epoch 5 (kept)"] * 3
+    page.mouse(".chart svg", 0.999)
+    row = rows_of(6, 0.8)[5]
+    assert page.js(read)[0] == "".join(["epoch 6", *(f"{s} {row[f'{s}_acc']:.4f}" for s in ("train", "valid", "test"))])
+    assert page.js(read)[1].startswith("epoch 6")  # all curves over epochs together
+    page.js("document.querySelector('.chart svg').focus()")
+    for key in ("Home", "ArrowRight", "ArrowRight"):
+        page.key(key)
+    assert page.js(read)[2].startswith("epoch 3lr 0.1")
+    assert page.js("document.activeElement.getAttribute('aria-valuetext')").startswith("epoch 3train 0.7000")
+    assert "steep 0.1 (used)" in page.js(read)[3] and page.js("document.querySelectorAll('.dot').length") == 5
+    page.js("document.querySelectorAll('.chart svg')[3].focus()")
+    page.key("End")
+    assert "learning rate 10each batch –" in page.js(read)[3]  # where it was infinite
+    assert quiet(page) is True
+
+
+@browser
+@needs_chromium
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_pages_fit_phone_and_desktop_in_light_and_dark(page, tmp_path, width, dark):
+    many = [f"class {i}" for i in range(30)]
+    pages = {
+        "run": run_folder(tmp_path / "run"),
+        "evil": run_folder(tmp_path / "<i>evil", [name * 5 for name in EVIL], name="", data="a" * 200),
+        "many": run_folder(tmp_path / "many", many, mistakes=200),
+        "pairs": run_folder(tmp_path / "pairs", [f"c{i}" for i in range(50)], mistakes=200),
+        "one epoch": run_folder(tmp_path / "one", epochs=1, finished=False),
+        "comparison": comparison_folder(tmp_path / "both", "one_cycle"),
+    }
+    for name, folder in pages.items():
+        page.open(report.write(folder), width, dark=dark)
+        page.screenshot(tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            corner = sum(image.convert("RGB").getpixel((2, 2)))
+            assert image.width >= width - 20 and (corner < 150 if dark else corner > 700)
+        assert page.js("document.documentElement.scrollWidth") <= width, name
+        # whatever a name holds is text: as many elements as ours, none of a name's
+        assert (
+            page.js("document.querySelectorAll('main img[src=x], main b b, main i i, h1 i, main script').length") == 0
+        )
+        assert page.js("document.querySelectorAll('.chart path').length") >= 3
+        assert "[object" not in page.js("document.body.textContent.split('use strict')[0]")
+        assert quiet(page) is True, name
+    page.open(report.write(pages["evil"]))
+    assert page.js("[...document.querySelectorAll('.matrix tbody th')].map(th => th.textContent)") == [
+        n * 5 for n in EVIL
+    ]
+    assert page.js("document.querySelector('h1').textContent") == "<i>evil"
+
+
+@browser
+@needs_chromium
+def test_a_live_page_renews_itself_and_a_finished_one_does_not(page, tmp_path):
+    run = run_folder(tmp_path / "run", epochs=2, finished=False)
+    page.open(report.write(run, live=True))
+    note = "document.querySelector('.note')?.textContent"
+    assert "2 of 6 epochs" in page.js(note)
+    write_csv(run / "results.csv", rows_of(3))
+    report.write(run, live=True)
+    page.wait("Page.loadEventFired")
+    assert "3 of 6 epochs" in page.js(note)
+    report.write(run_folder(tmp_path / "other"))
+    (tmp_path / "other/report.html").replace(run / "report.html")
+    page.wait("Page.loadEventFired")
+    assert page.js(note) is None
+    page.js("window.kept = true")
+    time.sleep(6)
+    assert page.js("window.kept") is True
+    assert quiet(page) is True
