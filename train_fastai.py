@@ -33,13 +33,13 @@ def train(config):
     """One run, from data to explained mistakes."""
     from lib import callbacks, checkpoint, data, evaluate, learner, models, runs, schedules, store
 
-    models.check(config.model)
-    device = learner.pick_device(config)
+    models.check(config.model, config.pretrained)
+    device = models.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
     dls = data.get_dls(config, device)
     learner.seed_everything(config.seed)
-    model = models.build(config.model, len(dls.vocab))
+    model = models.build(config.model, len(dls.vocab), config.pretrained)
     models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
     learn = learner.build(config, dls, model, precision)
     facts = learner.facts(config, learn, precision, threads)

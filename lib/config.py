@@ -57,14 +57,14 @@ def one_line(e):
     return " ".join(f"{type(e).__name__}: {e}".split())
 
 
-def option(default, help, *flags, choices=None, low=None, high=None, kind=None):
+def option(default, help, *flags, choices=None, low=None, high=None, kind=None, alone=None):
     """A field of `Config` and its command-line option in one.
 
     `kind` is the type of the value where the default does not show it; `low` and `high` are inclusive bounds; where
-    `choices` stands beside a number, either is taken.
+    `choices` stands beside a number, either is taken; `alone` is the value of a flag without one.
     """
-    kind = kind or type(default)
-    return field(default=default, metadata=dict(help=help, flags=flags, choices=choices, low=low, high=high, kind=kind))
+    m = dict(help=help, flags=flags, choices=choices, low=low, high=high, kind=kind or type(default), alone=alone)
+    return field(default=default, metadata=m)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,14 @@ class Config:
     batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1)
     model: str = option(
         None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)", kind=str
+    )
+    pretrained: str = option(
+        "",
+        "start from weights of the same network: torchvision's own, or FILE (.pth state dict, .safetensors)",
+        alone="torchvision",
+    )
+    freeze_epochs: int = option(
+        None, "epochs in which a pretrained body stays and its new head learns (1 with --pretrained)", kind=int, low=0
     )
     size: object = option(
         "auto",
@@ -103,6 +111,7 @@ class Config:
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
     label_smoothing: float = option(0.0, "label smoothing of the training loss", low=0, high=0.99)
+    class_weights: bool = option(False, "training loss weighted by class: images / (classes x images of the class)")
     monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
     patience_epochs: int = option(3, "epochs without improvement that plateau forgives", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
@@ -168,6 +177,7 @@ class Config:
             if f.name in ("data", "schedule"):
                 check(f, getattr(self, f.name))  # others' defaults depend on these
         own = {**COMMON, **SOURCES.get(self.data, {}), **BY_SCHEDULE.get(self.schedule, {})}
+        own["freeze_epochs"] = int(bool(self.pretrained))
         own["lr_high"] = 0.2 if self.lr_scale == "linear" else 10.0
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -176,6 +186,10 @@ class Config:
             object.__setattr__(self, f.name, check(f, value))
         if self.perturb_on_plateau and not self.grad_noise:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
+        if self.freeze_epochs and not self.pretrained:
+            raise BadInput("--freeze-epochs: needs --pretrained; fresh weights are not worth keeping")
+        if self.pretrained == "torchvision" and self.model in MODELS:
+            raise BadInput(f"--pretrained: torchvision has none for {self.model!r}; pass --model resnet18, or FILE")
         if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
             raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
 
@@ -272,7 +286,8 @@ def parser():
                 dest=f.name,
                 help=(m["help"] + shown).replace("%", "%%"),
                 metavar=metavar,
-                nargs="+" if f.name in ("seeds", *AXES) else None,
+                nargs="+" if f.name in ("seeds", *AXES) else "?" if m["alone"] else None,
+                const=m["alone"],
             )
     p.add_argument(
         "-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it"

@@ -20,12 +20,12 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
 from PIL import Image
 
+from lib import models
 from lib.augment import AlbumentationsTransform, balanced_order, order, train_transforms
 from lib.config import BadInput, one_line
 from lib.runs import whole_folder
-from lib.store import Store, decode
+from lib.store import EXTENSIONS, Store, batch_size, centre, decode
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
 TEST_PCT = 0.2  # of the images, where the data brings no test set
@@ -234,12 +234,6 @@ def find_images(root, valid_pct, split_seed):
 # --- loaders ---------------------------------------------------------------------------------------------------------
 
 
-def centre(image, size):
-    """The central size x size pixels of `image`."""
-    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[y : y + size, x : x + size]
-
-
 class StoreDL(TfmdDL):
     """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
 
@@ -340,7 +334,7 @@ def get_dls(config, device="cpu"):
         ) from None
     label, n = dict(items), len(train)
     splits = [list(range(n)), list(range(n, n + len(valid))), list(range(len(items) - len(test), len(items)))]
-    mean, std = store.stats(splits[0])
+    mean, std = models.pretrained_stats(config) if config.pretrained else store.stats(splits[0])
     augment = AlbumentationsTransform(train_transforms(config, size, (mean * 255).tolist()), config.seed)
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock(vocab=sorted(set(label.values())))),
@@ -362,7 +356,7 @@ def get_dls(config, device="cpu"):
         root,
         path=root,
         bs=config.batch_size,
-        val_bs=max(1, min(500, 500 * 64**2 // size**2)),
+        val_bs=batch_size(size),
         drop_last=False,
         num_workers=workers,
         pin_memory=torch.device(device).type == "cuda",

@@ -19,8 +19,9 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
-from lib.callbacks import EpochRecorder, GradNoise, mixed
+from lib.callbacks import EpochRecorder, Freeze, GradNoise, mixed
 from lib.config import MOMENTUM, BadInput
+from lib.models import head
 from lib.runs import cpu_name
 from lib.schedules import Plateau, plateau_options
 
@@ -38,6 +39,19 @@ def decay_split(model):
         [p for p in model.parameters() if p.requires_grad and id(p) not in ids],
         [p for p in spared if p.requires_grad],
     ]
+
+
+def body(model):
+    """The parameters that stay while a new head learns: all but those of the head and of norms (fastai's freeze)."""
+    learning = [m for m in model.modules() if isinstance(m, NORMS) or m is head(model)]
+    ids = {id(p) for m in learning for p in m.parameters(recurse=False)}
+    return [p for p in model.parameters() if id(p) not in ids]
+
+
+def class_weights(dls):
+    """n / (C n_c) for n training images, n_c of them of class c of C: (C,) float32. Their mean over the images is 1."""
+    counts = torch.bincount(torch.from_numpy(dls.train.labels), minlength=len(dls.vocab))
+    return (counts.sum() / (len(counts) * counts)).float().to(dls.device)
 
 
 @contextmanager
@@ -247,22 +261,6 @@ class SGDLearner(Learner):
         return lr_range.find(self, start_lr, end_lr, num_it, stop_div, linear, on_valid)
 
 
-def pick_device(config):
-    """`--device` as a torch.device. Raises BadInput where there is no such device."""
-    if config.device == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(config.device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device: {config.device!r} is not to be had on this machine; pass auto or cpu") from None
-
-
 def pick_precision(config, device):
     """`--precision`; auto is bf16 where the chip computes in it, else float32. Raises BadInput for fp16 off CUDA."""
     if config.precision == "auto":
@@ -279,8 +277,11 @@ def pick_precision(config, device):
 
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for."""
-    loss = CrossEntropyLossFlat(label_smoothing=config.label_smoothing)
+    weight = class_weights(dls) if config.class_weights else None
+    loss = CrossEntropyLossFlat(weight=weight, label_smoothing=config.label_smoothing)
     cbs = list(cbs or [])
+    if config.freeze_epochs:
+        cbs.append(Freeze(body(model), config.freeze_epochs))
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lib.config import BadInput, one_line
 from lib.runs import whole_folder
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
 RESIZE_RULE = (
     "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
@@ -44,14 +45,7 @@ def decode(path, size):
         with open(path, "rb", buffering=0) as f:
             content = f.read()
         image = quick(content, size)
-        if image is None:
-            image = by_pillow(content, path, size)
-        h, w = image.shape[:2]
-        if min(h, w) != size:
-            scale = size / min(h, w)
-            to = [max(round(side * scale), size) for side in (w, h)]
-            image = np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
-        return image
+        return fit(by_pillow(content, path, size) if image is None else image, size)
     except BadInput:
         raise
     except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
@@ -65,12 +59,38 @@ def by_pillow(content, path, size):
                 f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink or remove it"
             )
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = from_deep(np.asarray(image), image.mode)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(image.convert("RGB"))
+        return upright_rgb(image)
+
+
+def upright_rgb(image):
+    """A PIL image as (h, w, 3) uint8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = from_deep(np.asarray(image), image.mode)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
+def fit(image, size):
+    """`image`, (h, w, 3) uint8, with its shorter side `size` pixels (bicubic)."""
+    h, w = image.shape[:2]
+    if min(h, w) == size:
+        return image
+    scale = size / min(h, w)
+    to = [max(round(side * scale), size) for side in (w, h)]
+    return np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
+
+
+def centre(image, size):
+    """The central size x size pixels of `image`."""
+    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[y : y + size, x : x + size]
+
+
+def batch_size(size):
+    """Images of `size` pixels that are evaluated at a time."""
+    return max(1, min(500, 500 * 64**2 // size**2))
 
 
 def quick(content, size):
