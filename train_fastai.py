@@ -44,17 +44,17 @@ def train(config):
     """One run, from data to explained mistakes, in this process or in all that torchrun started."""
     from lib import callbacks, checkpoint, data, evaluate, learner, models, ranks, report, runs, schedules, store
 
-    models.check(config.model)
+    models.check(config.model, config.pretrained)
     runs.check_out(config)
     runs.check_log(config.log)
-    device = learner.pick_device(config)
+    device = models.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
     with ranks.joined(device) as leads:  # the first process reads first, and is the one that writes and prints
         with ranks.first_alone():
             dls = data.get_dls(config, device)
         learner.seed_everything(config.seed)
-        model = models.build(config.model, len(dls.vocab))
+        model = models.build(config.model, len(dls.vocab), config.pretrained)
         models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
         models.check_batches(model, config, len(dls.train.ids), dls.store.size, ranks.world())
         learn = learner.build(config, dls, model, precision)

@@ -307,6 +307,27 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
             self.learn.dls.train.bs = self.growths[-1][1]
 
 
+class Freeze(Callback):
+    """In the first epochs `parameters` stay: without a gradient no optimizer touches them, their decay or their state.
+
+    What is frozen is a function of the epochs trained, as fits that are resumed need it. One learning rate drives all.
+    """
+
+    order = 61  # ahead of gradient noise, which is of what has a gradient
+
+    def __init__(
+        self,
+        parameters,  # those that stay
+        epochs,  # so long, counted over all fits
+    ):
+        self.parameters, self.epochs = parameters, epochs
+
+    def before_step(self):
+        if self.learn.epochs_trained < self.epochs:
+            for p in self.parameters:
+                p.grad = None
+
+
 class GradNoise(Callback):
     """Adds Gaussian noise to the gradient, of variance eta / (1 + t)^0.55 at step t (Neelakantan et al., 1511.06807).
 

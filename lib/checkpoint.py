@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback
 
-from lib import ranks
+from lib import ranks, runs
 from lib.config import BadInput, one_line
 from lib.runs import write
 
@@ -117,7 +117,7 @@ class Checkpoint(Callback):
 
         def stop(number, frame):
             now = time.monotonic()
-            if self.signalled and now - self.signalled > GRACE * ranks.launched():
+            if self.signalled and now - self.signalled > GRACE * runs.launched():
                 raise KeyboardInterrupt
             if self.signalled:
                 return

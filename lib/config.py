@@ -28,7 +28,7 @@ FREE = (
     "lr_find_only", "checkpoint_seconds", "open", "log",
 )  # fmt: skip
 RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
-PATHS = ("data", "out", "cache", "resume")
+PATHS = ("data", "out", "cache", "resume", "pretrained")
 MOST_TEXT = 10**6  # characters of a file of settings
 MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
@@ -68,14 +68,14 @@ def one_line(e):
     return printable(" ".join(f"{type(e).__name__}: {e}".split()))
 
 
-def option(default, help, *flags, choices=None, low=None, high=None, kind=None):
+def option(default, help, *flags, choices=None, low=None, high=None, kind=None, alone=None):
     """A field of `Config` and its command-line option in one.
 
     `kind` is the type of the value where the default does not show it; `low` and `high` are inclusive bounds; where
-    `choices` stands beside a number, either is taken.
+    `choices` stands beside a number, either is taken; `alone` is the value of a flag without one.
     """
-    kind = kind or type(default)
-    return field(default=default, metadata=dict(help=help, flags=flags, choices=choices, low=low, high=high, kind=kind))
+    m = dict(help=help, flags=flags, choices=choices, low=low, high=high, kind=kind or type(default), alone=alone)
+    return field(default=default, metadata=m)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,14 @@ class Config:
     batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1, high=10**6)
     model: str = option(
         None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)", kind=str
+    )
+    pretrained: str = option(
+        "",
+        "start from weights of the same network: torchvision's own, or FILE (.pth state dict, .safetensors)",
+        alone="torchvision",
+    )
+    freeze_epochs: int = option(
+        None, "epochs in which a pretrained body stays and its new head learns (1 with --pretrained)", kind=int, low=0
     )
     size: object = option(
         "auto",
@@ -117,6 +125,7 @@ class Config:
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
     label_smoothing: float = option(0.0, "label smoothing of the training loss", low=0, high=0.99)
+    class_weights: bool = option(False, "training loss weighted by class: images / (classes x images of the class)")
     monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
     patience_epochs: int = option(3, "epochs without improvement that plateau forgives", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
@@ -189,6 +198,7 @@ class Config:
             if f.name in ("data", "schedule"):
                 check(f, getattr(self, f.name))  # others' defaults depend on these
         own = {**COMMON, **SOURCES.get(self.data, {}), **BY_SCHEDULE.get(self.schedule, {})}
+        own["freeze_epochs"] = int(bool(self.pretrained))
         own["lr_high"] = 0.2 if self.lr_scale == "linear" else 10.0
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -199,6 +209,10 @@ class Config:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:
             raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
+        if self.freeze_epochs and not self.pretrained:
+            raise BadInput("--freeze-epochs: needs --pretrained; fresh weights are not worth keeping")
+        if self.pretrained == "torchvision" and self.model in MODELS:
+            raise BadInput(f"--pretrained: torchvision has none for {self.model!r}; pass --model resnet18, or FILE")
         if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
             raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
 
@@ -312,7 +326,8 @@ def parser():
                 dest=f.name,
                 help=(m["help"] + shown).replace("%", "%%"),
                 metavar=metavar,
-                nargs="+" if f.name in ("seeds", *AXES) else None,
+                nargs="+" if f.name in ("seeds", *AXES) else "?" if m["alone"] else None,
+                const=m["alone"],
             )
     p.add_argument(
         "-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it"

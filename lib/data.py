@@ -23,13 +23,12 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
 from PIL import Image
 
-from lib import ranks
+from lib import models, runs
 from lib.augment import AlbumentationsTransform, balanced_order, order, train_transforms
 from lib.config import BadInput, one_line, printable
 from lib.runs import whole_folder, write
-from lib.store import Store, decode
+from lib.store import EXTENSIONS, Store, batch_size, centre, decode
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
 MAX_UNPACKED = 500_000_000_000  # bytes
 MAX_RATIO, SMALL = 100, 1 << 20  # an archive becomes at most so many times its size, or SMALL bytes
@@ -335,12 +334,6 @@ def find_images(root, valid_pct, split_seed, without=frozenset()):
 # --- loaders ---------------------------------------------------------------------------------------------------------
 
 
-def centre(image, size):
-    """The central size x size pixels of `image`."""
-    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[y : y + size, x : x + size]
-
-
 class StoreDL(TfmdDL):
     """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
 
@@ -471,7 +464,7 @@ def get_dls(config, device="cpu"):
         ) from None
     label = dict(item for images in sets for item in images)
     splits = [[store.index[path] for path, _ in images] for images in sets]
-    mean, std = store.stats(splits[0])
+    mean, std = models.pretrained_stats(config) if config.pretrained else store.stats(splits[0])
     augment = AlbumentationsTransform(train_transforms(config, size, (mean * 255).tolist()), config.seed)
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock(vocab=sorted(set(label.values())))),
@@ -487,13 +480,13 @@ def get_dls(config, device="cpu"):
         if config.workers != "auto"
         else 0
         if torch.device(device).type == "cpu"
-        else min(8, max(1, os.cpu_count() // ranks.on_this_machine()))
+        else min(8, max(1, os.cpu_count() // runs.on_this_machine()))
     )
     dls = block.dataloaders(
         root,
         path=root,
         bs=config.batch_size,
-        val_bs=max(1, min(500, 500 * 64**2 // size**2)),
+        val_bs=batch_size(size),
         drop_last=False,
         num_workers=workers,
         pin_memory=torch.device(device).type == "cuda",

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from lib import gradcam, models, plots, schedules
-from lib.data import centre
 from lib.runs import write_csv, write_figure, write_json, write_table
+from lib.store import centre
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 

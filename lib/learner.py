@@ -20,9 +20,10 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
-from lib import ranks
-from lib.callbacks import EpochRecorder, GradNoise, mixed
+from lib import ranks, runs
+from lib.callbacks import EpochRecorder, Freeze, GradNoise, mixed
 from lib.config import MOMENTUM, BadInput
+from lib.models import head
 from lib.runs import cpu_name
 from lib.schedules import Plateau, plateau_options
 
@@ -40,6 +41,19 @@ def decay_split(model):
         [p for p in model.parameters() if p.requires_grad and id(p) not in ids],
         [p for p in spared if p.requires_grad],
     ]
+
+
+def body(model):
+    """The parameters that stay while a new head learns: all but those of the head and of norms (fastai's freeze)."""
+    learning = [m for m in model.modules() if isinstance(m, NORMS) or m is head(model)]
+    ids = {id(p) for m in learning for p in m.parameters(recurse=False)}
+    return [p for p in model.parameters() if id(p) not in ids]
+
+
+def class_weights(dls):
+    """n / (C n_c) for n training images, n_c of them of class c of C: (C,) float32. Their mean over the images is 1."""
+    counts = torch.bincount(torch.from_numpy(dls.train.labels), minlength=len(dls.vocab))
+    return (counts.sum() / (len(counts) * counts)).float().to(dls.device)
 
 
 @contextmanager
@@ -257,24 +271,6 @@ class SGDLearner(Learner):
         return lr_range.find(self, start_lr, end_lr, num_it, stop_div, linear, on_valid)
 
 
-def pick_device(config):
-    """`--device` as a torch.device. Raises BadInput where there is no such device."""
-    if config.device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if ranks.launched():  # each its own GPU, where there are enough
-            local = int(os.environ["LOCAL_RANK"])
-            return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
-        return torch.device(kind)
-    try:
-        device = torch.device(config.device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device: {config.device!r} is not to be had on this machine; pass auto or cpu") from None
-
-
 def pick_precision(config, device):
     """`--precision`; auto is bf16 where the chip computes in it, else float32. Raises BadInput for fp16 off CUDA."""
     if config.precision == "auto":
@@ -291,8 +287,11 @@ def pick_precision(config, device):
 
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for."""
-    loss = CrossEntropyLossFlat(label_smoothing=config.label_smoothing)
+    weight = class_weights(dls) if config.class_weights else None
+    loss = CrossEntropyLossFlat(weight=weight, label_smoothing=config.label_smoothing)
     cbs = list(cbs or [])
+    if config.freeze_epochs:
+        cbs.append(Freeze(body(model), config.freeze_epochs))
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
@@ -314,8 +313,8 @@ def set_threads(config):
     """Sets torch's CPU threads to `--threads` and returns their number; it is part of what makes a run repeatable."""
     if config.threads != "auto":
         torch.set_num_threads(config.threads)
-    elif ranks.launched():  # torchrun would have one thread each
-        torch.set_num_threads(max(1, os.cpu_count() // ranks.on_this_machine()))
+    elif runs.launched():  # torchrun would have one thread each
+        torch.set_num_threads(max(1, os.cpu_count() // runs.on_this_machine()))
     return torch.get_num_threads()
 
 

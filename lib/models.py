@@ -1,6 +1,11 @@
 """Networks. Ours need torch alone, so that a trained one can be rebuilt anywhere."""
 
 import copy
+import json
+import os
+import re
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -84,13 +89,18 @@ MODELS = {
 }
 
 
-def check(name):
-    """Raises BadInput where `name` is neither in `MODELS` nor a classifier of torchvision."""
+AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads for training, which are left out here
+
+
+def check(name, pretrained=""):
+    """Raises BadInput where `name` is neither in `MODELS` nor a classifier of torchvision, or `pretrained` no file."""
+    from lib.config import BadInput, guess
+
+    if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
+        raise BadInput(f"--pretrained {pretrained}: not found; pass a file of weights, or nothing for torchvision's")
     if name in MODELS:
         return
     import torchvision.models as zoo
-
-    from lib.config import BadInput, guess
 
     known = zoo.list_models(module=zoo)
     if name not in known:
@@ -100,16 +110,93 @@ def check(name):
         )
 
 
-def build(name, n_classes):
-    """The network `name`, of `MODELS` or a torchvision classifier, with fresh weights."""
-    check(name)
+def build(name, n_classes, pretrained=""):
+    """The network `name`, of `MODELS` or a torchvision classifier, with fresh weights, or a fresh head on others."""
+    check(name, pretrained)
     if name in MODELS:
         constructor, args = MODELS[name]
-        return constructor(n_classes, **args)
-    from torchvision.models import get_model
+        model = constructor(n_classes, **args)
+    else:
+        from torchvision.models import get_model
 
-    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return get_model(name, weights=None, num_classes=n_classes, **extra)
+        extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+        model = get_model(name, weights=None, num_classes=n_classes, **extra)
+    if pretrained:
+        load_body(model, name, pretrained)
+    return model
+
+
+def head(model):
+    """The layer that gives the logits, in our networks and in torchvision's: the last with weights of its own."""
+    return [m for m in model.modules() if list(m.parameters(recurse=False))][-1]
+
+
+def load_body(model, name, pretrained):
+    """Loads all but the head of `model` from torchvision's weights of `name`, or from the file `pretrained`.
+
+    Raises BadInput where they cannot be had, or are of another network. No code of a file is run.
+    """
+    from lib.config import BadInput, one_line
+
+    if pretrained == "torchvision":
+        from torchvision.models import get_model_weights
+
+        weights = get_model_weights(name).DEFAULT
+        try:
+            options = dict(map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+            state = weights.get_state_dict(**options)
+        except Exception as e:  # urllib, ssl, http, the disk and the check of the hash each raise their own
+            raise BadInput(
+                f"--pretrained: download of {weights.url} failed ({one_line(e)}); without a network pass "
+                "--pretrained FILE, fetched elsewhere"
+            ) from None
+    else:
+        file = Path(pretrained).expanduser()
+        try:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                state = load_file(file)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as e:  # safetensors, pickle, zipfile and torch each raise their own
+            raise BadInput(f"--pretrained {file}: cannot be read as weights ({one_line(e)})") from None
+    last = head(model)
+    aside = (next(n for n, m in model.named_modules() if m is last) + ".", "aux", "AuxLogits")
+    shapes = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(aside)}
+    wanted = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        key = re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", str(key))  # torchvision's files say norm.1 for norm1
+        if not key.startswith(aside):
+            wanted[key] = value
+    odd = [k for k in {**shapes, **wanted} if shapes.get(k) != getattr(wanted.get(k), "shape", None)]
+    odd = [k for k in odd if not k.endswith("num_batches_tracked")]  # files of old do not have it
+    if odd:
+        raise BadInput(f"--pretrained {pretrained}: is not of {name} ({odd[0]!r} is missing, or does not fit)")
+    model.load_state_dict(wanted, strict=False)
+
+
+def pretrained_stats(config):
+    """Mean and standard deviation a channel, in 0..1, of what the weights `--pretrained` were trained on: (3,) arrays.
+
+    Of a run's weights they stand beside them, in model.json; of others they are those of torchvision's own.
+    """
+    import numpy as np
+
+    from lib.config import BadInput
+
+    card = Path(config.pretrained).expanduser().with_name("model.json")
+    if config.pretrained != "torchvision" and card.exists():
+        found = read_card(card)
+        return np.array(found["mean"]), np.array(found["std"])
+    if config.model in MODELS:
+        raise BadInput(f"--pretrained: {card}, which a run writes beside its weights, is not there")
+    if config.model in AUXILIARY:  # their weights expect 2 x - 1
+        return np.full(3, 0.5), np.full(3, 0.5)
+    from torchvision.models import get_model_weights
+
+    transforms = get_model_weights(config.model).DEFAULT.transforms()
+    return np.array(transforms.mean), np.array(transforms.std)
 
 
 def cam_layer(model, size):
@@ -188,6 +275,18 @@ def card(name, dls, resize_rule):
     }
 
 
+def read_card(path):
+    """The content of a weights/model.json. Raises BadInput where it is damaged."""
+    from lib.config import BadInput, one_line
+
+    try:
+        card = json.loads(Path(path).read_text(encoding="utf-8"))
+        [card[key] for key in ("architecture", "args", "classes", "size", "mean", "std")]
+        return card
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{path}: is damaged ({one_line(e)})") from None
+
+
 def rebuild(card):
     """The network that the content of weights/model.json describes, its weights still to be loaded.
 
@@ -209,3 +308,24 @@ def rebuild(card):
         return constructor(**args)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, IndexError) as e:
         raise BadInput(f"model.json: describes no network of this project ({one_line(e)})") from None
+
+
+def pick_device(config):
+    """`--device` as a torch.device. Raises BadInput where there is no such device."""
+    from lib.config import BadInput
+    from lib.runs import launched
+
+    if config.device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if launched():  # each rank its own GPU, where there are enough
+            local = int(os.environ["LOCAL_RANK"])
+            return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
+        return torch.device(kind)
+    try:
+        device = torch.device(config.device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device: {config.device!r} is not to be had on this machine; pass auto or cpu") from None

@@ -225,6 +225,21 @@ def percent(p):
     return "<0.1%" if p < 0.001 else f"{p:.1%}"
 
 
+def explanation(
+    image,  # (h, w, 3) uint8
+    cam,  # (h, w) in 0..1: the map for the prediction
+    title,
+):
+    """One image, and what the prediction was made of."""
+    figure, (pair,) = axes(6, 3.4, 1, 2)
+    for ax in pair:
+        ax.imshow(image, interpolation="nearest")
+        ax.axis("off")
+    pair[1].imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
+    figure.suptitle(title, parse_math=False)
+    return figure
+
+
 def short(name, most=16):
     """`name`, printable, cut to `most` characters."""
     name = "".join(c if c.isprintable() else "?" for c in str(name))

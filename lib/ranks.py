@@ -1,7 +1,6 @@
 """Several processes: torchrun starts them, torch's DistributedDataParallel joins their gradients."""
 
 import io
-import os
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -11,19 +10,9 @@ from fastai.callback.core import Callback
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.config import BadInput, OneLine, one_line
+from lib.runs import launched
 
 TIMEOUT = timedelta(hours=2)  # the others wait as long while the first decodes images or tests learning rates
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def launched():
-    """Whether torchrun started this process as one of several; a stray RANK alone does not say so."""
-    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def on_this_machine():
-    """How many processes of this run the machine has."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
 
 @contextmanager

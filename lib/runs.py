@@ -89,6 +89,19 @@ def whole_folder(path, pick=lambda part: part):
                     raise
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched():
+    """Whether torchrun started this process as one of several; a stray RANK alone does not say so."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def on_this_machine():
+    """How many processes of this run the machine has."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+
+
 def commit():
     """The commit of this code, '+' behind it where the tree differs; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

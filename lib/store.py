@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lib.config import BadInput, one_line, printable, read_json
 from lib.runs import whole_folder
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
 MANY_PIXELS = 2**24  # images of more are decoded one at a time
 MAX_BYTES = 8 * MAX_PIXELS  # of a file
@@ -54,7 +55,7 @@ def decode(path, size):
                 raise ValueError(f"more than {MAX_BYTES:,} bytes")
             content = f.read()
         image = quick(content, size)
-        return by_pillow(content, size) if image is None else resized(image, size)
+        return by_pillow(content, size) if image is None else fit(image, size)
     except MemoryError:
         raise
     except UnidentifiedImageError:  # its text has an address in memory
@@ -70,10 +71,11 @@ def by_pillow(content, size):
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
         with large if pixels > MANY_PIXELS else nullcontext():
-            return resized(as_rgb(ImageOps.exif_transpose(image)), size)
+            return fit(upright_rgb(image), size)
 
 
-def resized(image, size):
+def fit(image, size):
+    """`image`, (h, w, 3) uint8, with its shorter side `size` pixels (bicubic)."""
     h, w = image.shape[:2]
     if max(h, w) > MAX_ASPECT * min(h, w):
         raise ValueError(f"{w} x {h} pixels: one side more than {MAX_ASPECT} times the other")
@@ -83,12 +85,25 @@ def resized(image, size):
     return np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
 
 
-def as_rgb(image):
+def upright_rgb(image):
+    """A PIL image as (h, w, 3) uint8."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = from_deep(np.asarray(image), image.mode)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
+
+
+def centre(image, size):
+    """The central size x size pixels of `image`."""
+    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[y : y + size, x : x + size]
+
+
+def batch_size(size):
+    """Images of `size` pixels that are evaluated at a time."""
+    return max(1, min(500, 500 * 64**2 // size**2))
 
 
 def quick(content, size):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lib import config as settings
-from lib import data, learner, models, ranks
+from lib import data, learner, models, runs
 from train_fastai import main
 
 # the options of a run of a second
@@ -163,7 +163,7 @@ def on_ranks(n, job, path):
                 out = os.open(path / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(out, 1), os.dup2(out, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-                os.environ.update(zip(ranks.TORCHRUN, (str(rank), str(n), str(rank), str(n), "127.0.0.1", port)))
+                os.environ.update(zip(runs.TORCHRUN, (str(rank), str(n), str(rank), str(n), "127.0.0.1", port)))
                 torch.set_num_threads(1)  # the threads of the parent are not there
                 status = job(rank) or 0
             except BaseException:

@@ -198,7 +198,7 @@ def main():
         common += ["-b", args.batch_size, "--precision", args.precision, "--epochs", 1, "--no-progress"]
         common = list(map(str, common))
         settings = config.parse(common)
-        device = learner.pick_device(settings)
+        device = models.pick_device(settings)
         precision = learner.pick_precision(settings, device)
         torch.manual_seed(0)
         ours = Ours(settings, device, precision, folder)

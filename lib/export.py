@@ -1,0 +1,125 @@
+"""A trained run, in other formats.
+
+python -m lib.export runs/x --to onnx        runs/x/model.onnx: uint8 images (n, size, size, 3) to probabilities
+python -m lib.export runs/x --to fastai      runs/x/export.pkl, for fastai's load_learner
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lib.config import BadInput, Parser
+from lib.predict import as_seen, load, printable
+from lib.runs import write
+
+TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
+PICKLE = "warning: loading a pickle runs the code in it; load none that you do not trust, and pass on weights/ instead"
+
+
+def onnx(predict):
+    """(content of model.onnx, what was checked): the network with all that comes behind the crop.
+
+    Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch.
+    """
+    import torch
+
+    try:
+        import onnxscript  # noqa: F401  (torch.onnx works on it)
+    except ImportError:
+        raise BadInput("--to onnx: needs onnxscript and onnxruntime; uv run --extra onnx … installs the two") from None
+
+    class FromPixels(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.mean, self.std = predict.model, predict.mean, predict.std
+
+        def forward(self, images):
+            x = images.permute(0, 3, 1, 2).float() / 255
+            return self.model((x - self.mean) / self.std).softmax(1)
+
+    model = FromPixels().eval()
+    shape = (predict.size, predict.size, 3)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, *shape), np.uint8))
+    program = torch.onnx.export(
+        model,
+        (images[:2],),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+    )
+    program.model.metadata_props.update({k: json.dumps(predict.card[k]) for k in ("classes", "resize")})
+    content = program.model_proto.SerializeToString()
+    try:
+        import onnxruntime
+    except ImportError:
+        return content, "not checked: onnxruntime is not installed"
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        apart = float(np.abs(session.run(None, {"images": images.numpy()})[0] - model(images).numpy()).max())
+    if not apart < TOLERANCE:
+        raise BadInput(f"--to onnx: onnxruntime's probabilities are {apart:.1g} from torch's; nothing is written")
+    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's"
+
+
+def fastai(predict):
+    """(content of export.pkl, a warning): a Learner whose `predict` and `test_dl` prepare images as evaluation does."""
+    import cloudpickle
+    import torch
+    from fastai.data.core import Datasets
+    from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.torch_core import TensorImage
+
+    import lib
+
+    size, classes = predict.size, predict.classes
+
+    def prepare(image):
+        return TensorImage(torch.tensor(as_seen(image, size)).permute(2, 0, 1))
+
+    def unknown(image):
+        return classes[0]
+
+    blank = [np.zeros((size, size, 3), np.uint8)]  # fastai's pipelines learn from an item what they take …
+    sets = Datasets(blank, [[prepare], [unknown, Categorize(vocab=classes, sort=False)]], splits=[[0], [0]])
+    sets.tls[0].types = [object]  # … but paths and Pillow's images are welcome as well
+    normalize = Normalize(predict.mean, predict.std)
+    dls = sets.dataloaders(bs=64, after_batch=[IntToFloatTensor(), normalize], num_workers=0, device=predict.device)
+    learn = Learner(dls.new_empty(), predict.model, CrossEntropyLossFlat())
+    content = io.BytesIO()
+    cloudpickle.register_pickle_by_value(lib)  # so that it loads where this project is not at hand
+    try:
+        torch.save(learn, content, pickle_module=cloudpickle)
+    finally:
+        cloudpickle.unregister_pickle_by_value(lib)
+    return content.getvalue(), PICKLE
+
+
+FORMATS = {"onnx": (onnx, "model.onnx"), "fastai": (fastai, "export.pkl")}  # name -> function(predictor), file
+
+
+def main(argv=None):
+    """Runs the command line `argv`; returns the exit status: 0, or 2 for bad input."""
+    p = Parser(prog="python -m lib.export", description="Write a trained run in another format, into its folder.")
+    p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
+    p.add_argument("--to", required=True, choices=FORMATS, help="onnx: model.onnx; fastai: export.pkl for load_learner")
+    try:
+        args = p.parse_args(argv)
+        make, name = FORMATS[args.to]
+        content, note = make(load(args.run, "cpu"))
+        write(Path(args.run).expanduser() / name, content)
+        print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
+        return 0
+    except BadInput as e:
+        print("error:", printable(" ".join(str(e).split())), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

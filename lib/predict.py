@@ -1,0 +1,194 @@
+"""A trained run, used: CSV on the command line, or three lines of Python.
+
+python -m lib.predict runs/x image-or-folder …      file,prediction,probability: a row an image
+
+from lib.predict import load
+predict = load("runs/x")
+classes, probabilities = predict(["cat.jpg", "dog.jpg"])
+"""
+
+import csv
+import os
+import re
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+from lib.config import BadInput, Parser, one_line
+from lib.store import EXTENSIONS, batch_size, centre, decode, fit, upright_rgb
+
+TASK = 16  # images that a thread decodes at a time
+AHEAD = 2  # batches that are decoded while one is predicted
+
+
+def load(run, device="auto"):
+    """The `Predictor` of the run folder `run`: its kept weights. Raises BadInput (one line) where there are none."""
+    from safetensors.torch import load_file
+
+    from lib import models
+
+    run = Path(run).expanduser()
+    if not run.is_dir():
+        raise BadInput(f"{run}: no such run folder")
+    weights, described = run / "weights/best.safetensors", run / "weights/model.json"
+    for path in (described, weights):
+        if not path.is_file():
+            raise BadInput(f"{path}: not found; a run writes it at the end of its first epoch")
+    try:
+        card = models.read_card(described)
+        model = models.rebuild(card)
+        model.load_state_dict(load_file(weights))
+    except BadInput:
+        raise
+    except Exception as e:  # json, safetensors and torch each raise their own
+        raise BadInput(f"{run}: its weights cannot be loaded ({one_line(e)})") from None
+    return Predictor(model, card, models.pick_device(SimpleNamespace(device=device)))
+
+
+class Predictor:
+    """A network with what feeds it as evaluation does: float32, no augmentation. `classes` names the columns."""
+
+    def __init__(
+        self,
+        model,  # maps normalised images to logits
+        card,  # content of the run's model.json: classes, size, mean, std
+        device,  # torch.device
+    ):
+        import torch
+
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.card, self.classes, self.size, self.device = card, card["classes"], card["size"], device
+        self.mean, self.std = (torch.tensor(card[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+
+    def __call__(self, images):
+        """(n class names, probabilities (n, classes) float64) of an image or an iterable of images, in its order.
+
+        An image is a path, a PIL image, or a uint8 array (h, w), (h, w, 3) or (h, w, 4), of any size; an array
+        (n, h, w, 3) is n images. Raises BadInput naming a file that cannot be read.
+        """
+        one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
+        found = [p for _, _, p in self.batches([images] if one else images)]
+        p = np.concatenate(found) if found else np.zeros((0, len(self.classes)))
+        return [self.classes[k] for k in p.argmax(1)], p
+
+    def batches(self, images):
+        """Yields (pixels (n, size, size, 3) uint8, network's input (n, 3, size, size), probabilities) a batch."""
+        import torch
+
+        for pixels in self.decoded(images):
+            x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+            x = x.float().div_(255).sub_(self.mean).div_(self.std)
+            with torch.inference_mode():
+                logits = self.model(x)
+            yield pixels, x, logits.cpu().double().log_softmax(1).exp().numpy()
+
+    def decoded(self, images):
+        """Yields the pixels of a batch after the other; threads are at work on the next ones."""
+        prepare = lambda some: [as_seen(image, self.size) for image in some]
+        images, waiting, pool = iter(images), deque(), ThreadPoolExecutor()
+        try:
+            while True:
+                batch = list(islice(images, batch_size(self.size)))
+                if batch:
+                    waiting.append([pool.submit(prepare, batch[i : i + TASK]) for i in range(0, len(batch), TASK)])
+                if not batch or len(waiting) > AHEAD:
+                    if not waiting:
+                        return
+                    yield np.stack([image for task in waiting.popleft() for image in task.result()])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def as_seen(image, size):
+    """An image (path, PIL image, uint8 array) as the network sees it: (size, size, 3) uint8."""
+    if isinstance(image, (str, os.PathLike)):
+        return centre(decode(image, size), size)
+    if not isinstance(image, Image.Image):
+        a = np.asarray(image)
+        if a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] not in (3, 4)) or not a.size:
+            raise BadInput(f"an image must be uint8 (h, w), (h, w, 3) or (h, w, 4), not {a.dtype} {a.shape}")
+        image = Image.fromarray(a)
+    return centre(fit(upright_rgb(image), size), size)
+
+
+def find(given):
+    """The files that the arguments name: files as they are; of folders all images in them, by name."""
+    files = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
+            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            if not inside:
+                raise BadInput(f"{path}: no images ({' '.join(EXTENSIONS)})")
+            files += inside
+        elif path.exists():
+            files.append(path)
+        else:
+            raise BadInput(f"{path}: no such file or folder")
+    return files
+
+
+def printable(text):
+    r"""`text` with what is not printable, such as an escape sequence for the terminal, written out: \x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def explain(predict, folder, first, files, pixels, x, p):
+    """Writes a GradCAM picture an image of a batch: <row>-<name>.png, rows counted from `first`."""
+    from lib import gradcam, models, plots, runs
+
+    maps = gradcam.maps(predict.model, models.cam_layer(predict.model, predict.size), x, p.argmax(1))
+    for row, (file, image, cam, of) in enumerate(zip(files, pixels, maps, p), first):
+        title = f"{plots.short(file.name, 40)}\n{plots.short(predict.classes[of.argmax()], 30)} {of.max():.1%}"
+        name = re.sub(r"[^\w.-]", "_", file.stem)[:80]
+        runs.write_figure(folder / f"{row:05}-{name}.png", plots.explanation(image, cam, title))
+
+
+def main(argv=None):
+    """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 130 interrupted."""
+    p = Parser(prog="python -m lib.predict", description="Predict the class of images: CSV with a row an image.")
+    p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
+    p.add_argument("images", nargs="+", help="image files, and folders of them (with what is in their folders)")
+    p.add_argument("--explain", metavar="DIR", help="also write a GradCAM picture an image: DIR/<row>-<name>.png")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    try:
+        args = p.parse_args(argv)
+        predict, files, row = load(args.run, args.device), find(args.images), 1
+        folder = args.explain and Path(args.explain).expanduser()
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise BadInput(f"--explain {folder}: cannot be made ({e.strerror})") from None
+        shown = printable if sys.stdout.isatty() else str
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(["file", "prediction", "probability"])
+        for pixels, x, found in predict.batches(files):
+            these = files[row - 1 : row - 1 + len(found)]
+            for file, of in zip(these, found):
+                table.writerow([shown(file), shown(predict.classes[of.argmax()]), f"{of.max():.6f}"])
+            sys.stdout.flush()
+            if folder:
+                explain(predict, folder, row, these, pixels, x, found)
+            row += len(found)
+        return 0
+    except BadInput as e:
+        print("error:", printable(" ".join(str(e).split())), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the table has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
