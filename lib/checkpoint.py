@@ -67,7 +67,10 @@ class Checkpoint(Callback):
     def before_train(self):
         state, self.state = self.state, None
         if state and state.get("batches"):
-            self.learn.recorder.go_on(state["partial"])
+            try:
+                self.learn.recorder.go_on(state["partial"])
+            except (KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
+                raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
 
     def after_batch(self):
         learn = self.learn

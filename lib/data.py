@@ -276,9 +276,10 @@ def scan(folder, without=frozenset()):
 
 def split_off(items, pct, seed):
     """Splits [(path, class)] into (rest, held): `pct` of every class, at least one image, a function of `seed`."""
-    held = set()
-    for k, name in enumerate(sorted({c for _, c in items})):
-        own = [i for i, (_, c) in enumerate(items) if c == name]
+    held, classes = set(), {}
+    for i, (_, name) in enumerate(items):
+        classes.setdefault(name, []).append(i)
+    for k, (name, own) in enumerate(sorted(classes.items())):
         if len(own) < 2:
             raise BadInput(f"class {name!r} has too few images to hold some out; it needs at least 3 in all")
         n = min(max(round(len(own) * pct), 1), len(own) - 1)

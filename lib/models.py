@@ -1,7 +1,7 @@
 """Networks. Ours need torch alone, so that a trained one can be rebuilt anywhere."""
 
 import copy
-import json
+import math
 import os
 import re
 import sys
@@ -277,13 +277,19 @@ def card(name, dls, resize_rule):
 
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
-    from lib.config import BadInput, one_line
+    from lib.config import BadInput, one_line, read_json
 
     try:
-        card = json.loads(Path(path).read_text(encoding="utf-8"))
-        [card[key] for key in ("architecture", "args", "classes", "size", "mean", "std")]
+        card = read_json(path)
+        classes, size, numbers = card["classes"], card["size"], [*card["mean"], *card["std"]]
+        if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+            raise ValueError("classes are not names")
+        if len(classes) != card["args"]["n_classes"]:
+            raise ValueError("as many classes as the network has outputs are needed")
+        if type(size) is not int or not 0 < size <= 1024 or len(numbers) != 6 or not all(map(math.isfinite, numbers)):
+            raise ValueError("size, mean or std are not what a run writes")
         return card
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise BadInput(f"{path}: is damaged ({one_line(e)})") from None
 
 

@@ -28,7 +28,8 @@ def write(path, content, keep=None):
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(part, "wb") as f:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as f:  # a link that lies in wait there is not followed
             f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())

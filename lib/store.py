@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import struct
 import sys
 import threading
@@ -38,7 +39,6 @@ FORMAT = 2  # of the files of decoded images
 CHUNK = 256  # images that are decoded, and lie in memory, together
 MEMORY_SHARE = 0.5  # of the memory that is left: images that need more are kept in a file
 STATS_PIXELS = 2**18  # that are counted together
-large = threading.Lock()
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -51,17 +51,38 @@ def decode(path, size):
     """
     try:
         with open(path, "rb", buffering=0) as f:
-            if os.fstat(f.fileno()).st_size > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES:,} bytes")
+            facts = os.fstat(f.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_BYTES:
+                raise ValueError(f"no plain file, or more than {MAX_BYTES:,} bytes")
             content = f.read()
         image = quick(content, size)
         return by_pillow(content, size) if image is None else fit(image, size)
     except MemoryError:
         raise
     except UnidentifiedImageError:  # its text has an address in memory
-        raise BadInput(f"{path}: is no whole {', '.join(KINDS)} by its content; repair or remove it") from None
+        kinds = f"by its content it is no whole {', '.join(KINDS)}"
+        raise BadInput(f"{path}: cannot be read as an image ({kinds}); repair or remove it") from None
     except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
         raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
+
+
+class Turn:
+    """A lock that may lie in a pickle of this code, as fastai's `export.pkl` holds it: there it is a new one."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+    def __reduce__(self):
+        return Turn, ()
+
+
+large = Turn()
 
 
 def by_pillow(content, size):

@@ -23,7 +23,7 @@ import yaml
 from fastai.data.external import URLs
 from PIL import Image
 
-from lib import compare, data, models
+from lib import compare, data, models, predict, runs
 from lib import config as settings
 from lib.config import BadInput, Config
 from tests.conftest import SMALL, good, picture
@@ -131,6 +131,7 @@ EVIL = {  # name of the archive: (content, words of the line)
     "bomb.tgz": (tar_of((member("pack/a/x.png", 20 << 20), bytes(20 << 20))), "its size (100 times)"),
     "name bomb.tgz": (long_name(), "name or header"),
     "codes.tgz": (tar_of((member("../\x1b[31m\n", 3), b"out")), r"\x1b[31m\n"),
+    "up by a header.tgz": (tar_of((member("x", 3, pax_headers={"path": "../escaped"}), b"out")), "points outside"),
     "cut.tgz": (half(tar_of()), "cannot be unpacked"),
     "cut.tar": (half(tar_of(mode="w")), "cannot be unpacked"),
     "text.tgz": (b"no archive" * 99, "cannot be unpacked"),
@@ -325,7 +326,7 @@ def test_a_checkpoint_of_right_form_and_wrong_content_is_one_line(copied, capfd)
 
     state = checkpoint.load(copied / "weights/last.pt")
     for key, wrong in [(k, w) for k in state for w in (None, 5, [], {}, {"x": 1}, "text")]:
-        if state[key] == wrong or key == "epochs_trained" and wrong == 5 or key == "scaler":
+        if state[key] == wrong or key == "epochs_trained" and wrong == 5 or key in ("scaler", "partial"):
             continue
         checkpoint.save(copied / "weights/last.pt", {**state, key: wrong})
         assert main(["--resume", str(copied), "--epochs", "2"]) == 2, (key, wrong)
@@ -433,6 +434,22 @@ def test_a_model_json_that_names_anything_else_is_refused(change, copied):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": None}, {"classes": [1, 2]}, {"classes": ["a"]}, {"size": 10**9}, {"size": "16"}, {"mean": [1]},
+        {"std": ["x", 1, 1]}, {"std": [10**400, 1, 1]}, {"args": {}},
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_model_json_of_wrong_values_is_one_line(change, copied, photos, capfd):
+    file = copied / "weights/model.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert predict.main([str(copied), str(photos)]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and str(file) in err
+
+
+@pytest.mark.parametrize(
     "file, content",
     [
         ("summary.json", "[]"), ("summary.json", '{"test_acc": "<b>"}'), ("env.json", "[" * 10**5),
@@ -459,6 +476,16 @@ def test_a_pickled_file_of_decoded_images_runs_nothing(photos, tmp_path, refused
 PICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
 BANNED = {"system", "popen", "load_learner", "load_model", "untar_data", "extractall", "unpack_archive"}
 LOADERS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "torch.hub.load"}
+
+
+def test_a_link_that_lies_in_wait_is_not_written_through(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("years of work")
+    (tmp_path / "run").mkdir()
+    for link in ("args.yaml", f".args.yaml.{os.getpid()}"):
+        (tmp_path / "run" / link).symlink_to(mine)
+    runs.write(tmp_path / "run/args.yaml", "new")
+    assert mine.read_text() == "years of work" and (tmp_path / "run/args.yaml").read_text() == "new"
 
 
 def test_no_code_is_read_from_files_anywhere():
