@@ -67,7 +67,10 @@ class Checkpoint(Callback):
     def before_train(self):
         state, self.state = self.state, None
         if state and state.get("batches"):
-            self.learn.recorder.go_on(state["partial"])
+            try:
+                self.learn.recorder.go_on(state["partial"])
+            except (KeyError, TypeError, ValueError) as e:
+                raise BadInput(f"{self.path}: has no whole record of its last epoch ({one_line(e)})") from None
 
     def after_batch(self):
         learn = self.learn

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.config import BadInput, Parser
-from lib.predict import as_seen, load, printable
+from lib.predict import as_seen, load
 from lib.runs import write
 
 TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
@@ -117,7 +117,7 @@ def main(argv=None):
         print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
         return 0
     except BadInput as e:
-        print("error:", printable(" ".join(str(e).split())), file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 2
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lib.config import BadInput, Parser, one_line
+from lib.config import BadInput, Parser, one_line, printable
 from lib.store import EXTENSIONS, batch_size, centre, decode, fit, upright_rgb
 
 TASK = 16  # images that a thread decodes at a time
@@ -134,11 +134,6 @@ def find(given):
     return files
 
 
-def printable(text):
-    r"""`text` with what is not printable, such as an escape sequence for the terminal, written out: \x1b."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
 def explain(predict, folder, first, files, pixels, x, p):
     """Writes a GradCAM picture an image of a batch: <row>-<name>.png, rows counted from `first`."""
     from lib import gradcam, models, plots, runs
@@ -181,7 +176,7 @@ def main(argv=None):
             row += len(found)
         return 0
     except BadInput as e:
-        print("error:", printable(" ".join(str(e).split())), file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the table has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

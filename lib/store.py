@@ -38,7 +38,7 @@ FORMAT = 2  # of the files of decoded images
 CHUNK = 256  # images that are decoded, and lie in memory, together
 MEMORY_SHARE = 0.5  # of the memory that is left: images that need more are kept in a file
 STATS_PIXELS = 2**18  # that are counted together
-large = threading.Lock()
+locks = {}  # made where it is used, so that what refers to it can be pickled
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def by_pillow(content, size):
         if pixels > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        with large if pixels > MANY_PIXELS else nullcontext():
+        with locks.setdefault("large", threading.Lock()) if pixels > MANY_PIXELS else nullcontext():
             return fit(upright_rgb(image), size)
 
 

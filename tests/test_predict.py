@@ -158,7 +158,7 @@ def test_a_terminal_gets_no_control_character(trained, hostile):
         out += piece
     os.close(ours)
     text = out.decode().replace("\r\n", "\n")
-    assert done.returncode == 2 and "error: " in text and r"broken\x1b]0;x\x07.png: cannot be read" in text
+    assert done.returncode == 2 and "error: " in text and r"broken\x1b]0;x\x07.png: is no whole JPEG" in text
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
@@ -192,7 +192,7 @@ def test_bad_input_is_one_line_that_names_it(trained, tmp_path, capsys):
         ([other, image], "other: its weights cannot be loaded"),
         ([run, tmp_path / "no.png"], "no.png: no such file"),
         ([run, tmp_path / "empty"], "empty: no images"),
-        ([run, tmp_path / "text.png"], "text.png: cannot be read as an image"),
+        ([run, tmp_path / "text.png"], "text.png: is no whole JPEG"),
         ([run, image, "--device", "abacus"], "--device"),
         ([run, image, "--explain", tmp_path / "text.png"], "--explain"),
         ([run], "required: images"),
