@@ -69,8 +69,8 @@ class Checkpoint(Callback):
         if state and state.get("batches"):
             try:
                 self.learn.recorder.go_on(state["partial"])
-            except (KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
-                raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
+            except (KeyError, TypeError, ValueError) as e:
+                raise BadInput(f"{self.path}: has no whole record of its last epoch ({one_line(e)})") from None
 
     def after_batch(self):
         learn = self.learn

@@ -384,7 +384,8 @@ def data_name(config):
 
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
-    run = Path(flags["resume"]).expanduser()
+    resume = next(f for f in dataclasses.fields(Config) if f.name == "resume")
+    run = Path(check(resume, flags["resume"])).expanduser()
     try:
         env = read_json(run / "env.json")
         found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False, "open": False}

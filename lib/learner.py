@@ -253,6 +253,13 @@ class SGDLearner(Learner):
         self.first_epoch = self.first_batch = 0
         super().fit(n_epoch, lr, [wd, 0.0] if isinstance(wd, (int, float)) else wd, **kwargs)
 
+    def freeze_to(self, n):
+        """As fastai's for 0. Its groups are layers; ours tell what decays, and frozen would be weights but no bias."""
+        if n:
+            raise NotImplementedError(
+                "the parameter groups are not layers; use the Freeze callback, or --freeze-epochs"
+            )
+
     def probe(self):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
         twin = copy.copy(self)

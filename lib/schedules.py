@@ -201,9 +201,9 @@ def owners(config, lr):
     return [SCHEDULES[config.schedule](config, lr), *warmup]
 
 
-def fit(learn, config, lr):
+def fit(learn, config, lr, cbs=()):
     """Trains `config.epochs` epochs from learning rate `lr` under the schedule `config.schedule`."""
-    learn.fit(config.epochs, lr, cbs=owners(config, lr))
+    learn.fit(config.epochs, lr, cbs=[*owners(config, lr), *cbs])
 
 
 def trace(config, steps_per_epoch, values=None):

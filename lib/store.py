@@ -39,6 +39,7 @@ FORMAT = 2  # of the files of decoded images
 CHUNK = 256  # images that are decoded, and lie in memory, together
 MEMORY_SHARE = 0.5  # of the memory that is left: images that need more are kept in a file
 STATS_PIXELS = 2**18  # that are counted together
+locks = {}  # made where it is used, so that what refers to it can be pickled
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -60,29 +61,9 @@ def decode(path, size):
     except MemoryError:
         raise
     except UnidentifiedImageError:  # its text has an address in memory
-        kinds = f"by its content it is no whole {', '.join(KINDS)}"
-        raise BadInput(f"{path}: cannot be read as an image ({kinds}); repair or remove it") from None
+        raise BadInput(f"{path}: is no whole {', '.join(KINDS)} by its content; repair or remove it") from None
     except Exception as e:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
         raise BadInput(f"{path}: cannot be read as an image ({one_line(e)}); repair or remove it") from None
-
-
-class Turn:
-    """A lock that may lie in a pickle of this code, as fastai's `export.pkl` holds it: there it is a new one."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-
-    def __enter__(self):
-        self.lock.acquire()
-
-    def __exit__(self, *error):
-        self.lock.release()
-
-    def __reduce__(self):
-        return Turn, ()
-
-
-large = Turn()
 
 
 def by_pillow(content, size):
@@ -91,7 +72,7 @@ def by_pillow(content, size):
         if pixels > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        with large if pixels > MANY_PIXELS else nullcontext():
+        with locks.setdefault("large", threading.Lock()) if pixels > MANY_PIXELS else nullcontext():
             return fit(upright_rgb(image), size)
 
 

@@ -19,7 +19,9 @@ from train_fastai import main
 SMALL = ("--size", 16, "--model", "small", "-b", 8, "--epochs", 1, "--lr", 0.05, "--gallery", 2)
 
 
-def pytest_sessionstart(session):
+@pytest.fixture(autouse=True)
+def threads():
+    """Two threads in every test, whatever a run in the one before asked for."""
     torch.set_num_threads(2)
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PINS = PYPROJECT["project"]["dependencies"] + PYPROJECT["tool"]["uv"]["constraint-dependencies"]
+EXTRAS = [line for lines in PYPROJECT["project"]["optional-dependencies"].values() for line in lines]
 
 
 def pip_section():
@@ -33,23 +34,28 @@ def test_environment_yml_is_made_from_the_pins():
 def test_the_two_files_agree_pin_by_pin():
     normal = lambda lines: sorted(str(Requirement(line)).lower() for line in lines)
     assert normal(pip_section()) == normal(PINS) and len(PINS) > 100
-    assert all(re.search(r"==\d", line) for line in PINS)
+    assert all(re.search(r"==\d", line) for line in PINS + EXTRAS)
     assert ENVIRONMENT["channels"] == ["conda-forge", "nodefaults"]
     python = next(d for d in ENVIRONMENT["dependencies"] if str(d).startswith("python"))
     assert python == "python=3.11" and PYPROJECT["project"]["requires-python"] == ">=3.11"
 
 
+def versions(lines):
+    """{package: version} of those pins that are for this machine."""
+    found = [Requirement(line) for line in lines]
+    here = [r for r in found if r.marker is None or r.marker.evaluate()]
+    return {re.sub(r"[-_.]+", "-", r.name).lower(): str(r.specifier).removeprefix("==") for r in here}
+
+
 def test_what_is_installed_is_what_is_pinned():
-    pinned = {}
-    for line in PINS:
-        r = Requirement(line)
-        if r.marker is None or r.marker.evaluate():
-            pinned[re.sub(r"[-_.]+", "-", r.name).lower()] = str(r.specifier).removeprefix("==")
+    pinned, extra = versions(PINS), versions(EXTRAS)
     installed = {
         re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()
     }
+    assert not set(pinned) & set(extra)
     assert {n: v for n, v in installed.items() if n in pinned} == pinned
-    assert set(installed) - set(pinned) <= {"pip", "uv", "wheel", "train-fastai", "setuptools"}
+    assert {n: v for n, v in installed.items() if n in extra} == {n: v for n, v in extra.items() if n in installed}
+    assert set(installed) - {*pinned, *extra} <= {"pip", "uv", "wheel", "train-fastai", "setuptools"}
 
 
 def test_pairs_that_resolvers_do_not_tie_fit():

@@ -115,11 +115,12 @@ def test_first_the_head_and_the_norms_learn_and_then_all(tuned):
             states.append(snapshot(self.learn))
 
         def after_epoch(self):
-            self.state = {id(p) for p in self.learn.opt.opt.state}
+            names = {id(p): n for n, p in self.learn.model.named_parameters()}
+            known.append({names[id(p)] for p in self.learn.opt.opt.state})
 
-    watch = Watch()
-    config, learn = tuned("--epochs", 3, "--freeze-epochs", 1, "--weight-decay", 0.1)
-    learn.fit(3, 0.01, cbs=watch)
+    known = []
+    _, learn = tuned("--epochs", 3, "--freeze-epochs", 1, "--weight-decay", 0.1)
+    learn.fit(3, 0.01, cbs=Watch())
     states.append(snapshot(learn))
     norms = {n for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     frozen = {
@@ -127,16 +128,10 @@ def test_first_the_head_and_the_norms_learn_and_then_all(tuned):
     }
     assert len(frozen) > 20 and {n for n, p in learn.model.named_parameters() if p.ndim == 4} == frozen
     assert changed(*states[:2]) == set(states[0]) - frozen  # BatchNorm's statistics follow the images too
+    learning = set(dict(learn.model.named_parameters()))
+    assert known[0] == learning - frozen and known[1] == learning  # the optimizer has no state of what stays
     assert changed(*states[1:3]) == changed(*states[2:]) == set(states[0])
     assert all(p.requires_grad for p in learn.model.parameters())
-
-
-def test_no_state_of_the_optimizer_for_what_stays(tuned):
-    _, learn = tuned("--epochs", 1, "--optimizer", "adam", "--freeze-epochs", 1)
-    learn.fit(1, 1e-3)
-    names = {id(p): n for n, p in learn.model.named_parameters()}
-    known = {names[id(p)] for p in learn.opt.opt.state}
-    assert known == {n for n, p in learn.model.named_parameters() if p.ndim < 4}
 
 
 def test_the_freeze_is_counted_over_all_fits(tuned):
@@ -171,11 +166,12 @@ def config_at(config, lr):
     return dataclasses.replace(config, lr=lr)
 
 
-def test_gradcam_explains_it(tuned):
-    _, learn = tuned()
-    images = learn.dls.test.one_batch()[0]
-    layer = models.cam_layer(learn.model, 32)
-    assert gradcam.maps(learn.model, layer, images, [0] * len(images)).max() > 0.5
+def test_gradcam_explains_it(tmp_path):
+    torch.manual_seed(0)
+    torch.save(models.build("resnet18", 1000).state_dict(), tmp_path / "w.pth")
+    model = models.build("resnet18", 4, tmp_path / "w.pth")
+    maps = gradcam.maps(model, models.cam_layer(model, 32), torch.randn(8, 3, 32, 32), [0, 1, 2, 3] * 2)
+    assert np.mean([m.max() > m.min() for m in maps]) >= 0.5  # of fresh weights some are empty
 
 
 def test_a_run_cut_short_while_frozen_ends_as_if_it_had_not_been(weights, bands, tmp_path, monkeypatch):
@@ -294,19 +290,18 @@ def test_class_weights_are_in_inverse_proportion_and_in_the_training_loss_alone(
 
 
 def test_class_weights_make_a_rare_class_heard(parse, tmp_path):
-    """Two classes that look alike, one nine times as common: without weights the rare one is never predicted."""
+    """Two classes that nothing tells apart, one nine times as common: its share of belief is 0.9, with weights 0.5."""
     rng = np.random.default_rng(0)
     for k, n in enumerate((90, 10)):
         for i in range(n):
-            save(tmp_path / f"{k}" / f"{i:02}.png", rng.integers(100, 150 + 4 * k, (32, 32, 3)).astype(np.uint8))
+            save(tmp_path / f"{k}" / f"{i:02}.png", rng.integers(100, 150, (32, 32, 3), np.uint8))
 
     def share(*argv):
         config = parse("--data", tmp_path, "--size", 32, "--model", "small", "-b", 20, "--cutout", 0, *argv)
-        dls = data.get_dls(config)
-        torch.manual_seed(0)
-        learn = learner.build(config, dls, models.build("small", 2))
-        learn.fit(8, 0.05)
-        p = np.concatenate([z.softmax(1)[:, 1].numpy() for _, z, _ in learn.logits(dls.valid)])
+        means = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+        learn = learner.build(config, data.get_dls(config), means)
+        learn.fit(8, 0.1)
+        p = np.concatenate([z.softmax(1)[:, 1].numpy() for _, z, _ in learn.logits(learn.dls.valid)])
         return p.mean()
 
-    assert share() < 0.25 < 0.35 < share("--class-weights")
+    assert share() < 0.25 < 0.4 < share("--class-weights")

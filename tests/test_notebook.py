@@ -1,0 +1,90 @@
+"""docs/notebook.ipynb, cell by cell, and fastai's own functions on our objects."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from lib import data
+from tests.conftest import state_of
+
+NOTEBOOK = Path(__file__).parent.parent / "docs/notebook.ipynb"
+
+
+@pytest.fixture(autouse=True)
+def no_windows():
+    matplotlib.use("agg")
+    yield
+    pyplot.close("all")
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys, parse):
+    """On the first 25 of each digit; the notebook has them all."""
+    whole, few = data.root_folder(parse("--data", "digits")), tmp_path / "digits"
+    for folder in data.visible(whole):
+        (few / folder.name).mkdir(parents=True)
+        for file in data.visible(folder)[:25]:
+            shutil.copy(file, few / folder.name)
+    monkeypatch.setitem(data.SOURCES, "digits", lambda config: few)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cells = [c for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    assert not any(c["outputs"] or c["execution_count"] for c in cells)
+    names, shown = {"__name__": "notebook"}, []
+    for cell in cells:
+        *lines, last = "".join(cell["source"]).splitlines()
+        exec("\n".join(lines), names)
+        try:  # as a notebook shows its last line
+            shown.append(eval(last, names))
+        except SyntaxError:
+            exec(last, names)
+    out = capsys.readouterr().out
+    assert len(names["learn"].recorder.rows) == 1 and shown[-2]["epoch"] == 1  # fit_one_cycle's
+    assert sum(isinstance(s, Figure) for s in shown) == 3  # range test, curves, mistakes
+    assert names["best"].epoch_number in (1, 2, 3) and "epoch 3/3" in out and f"{names['accuracy']:.4f}" in out
+    assert 0 < len(names["wrong"]) <= 6 and all(row["truth"] != row["prediction"] for row in names["wrong"])
+    assert names["probabilities"].shape == (4, 10) and len(names["classes"]) == 4
+    assert (tmp_path / "runs/notebook/summary.json").exists()
+
+
+def test_fastais_own_looks_show_our_images_and_change_nothing(make):
+    from fastai.vision.all import ClassificationInterpretation
+
+    _, learn = make()
+    learn.fit(1, 0.05)
+    dls, before = learn.dls, state_of(learn)
+    dls.show_batch(max_n=4)
+    dls.valid.show_batch(max_n=4)
+    axes = pyplot.gcf().axes
+    assert [ax.get_title() for ax in axes] == [dls.vocab[k] for k in dls.valid.labels[:4]]
+    for ax, i in zip(axes, dls.valid.ids):
+        assert np.abs(np.asarray(ax.images[0].get_array()).astype(int) - dls.store[i]).max() <= 1
+    learn.show_results(max_n=6, shuffle=False)
+    z = torch.cat([z for _, z, _ in learn.logits(dls.valid)])
+    expected = [f"{dls.vocab[y]}\n{dls.vocab[k]}" for y, k in zip(dls.valid.labels, z.argmax(1))]
+    assert [ax.get_title() for ax in pyplot.gcf().axes] == expected[:6]
+    interp = ClassificationInterpretation.from_learner(learn, dl=dls.test)
+    interp.plot_top_losses(3)
+    worst = max(-z.log_softmax(1)[range(len(y)), y].min().item() for _, z, y in learn.logits(dls.test))
+    assert f" {worst:.2f} " in pyplot.gcf().axes[0].get_title()
+    interp.plot_confusion_matrix()
+    z, y = (torch.cat(parts) for parts in zip(*[(z, y) for _, z, y in learn.logits(dls.test)]))
+    assert interp.confusion_matrix().trace() == (z.argmax(1) == y).sum() and len(pyplot.gcf().axes[0].texts) == 16
+    assert sum(n for _, _, n in interp.most_confused()) == (z.argmax(1) != y).sum()
+    assert state_of(learn) == before
+    assert "Total params" in str(learn.summary())
+
+
+def test_fastais_freeze_which_would_freeze_other_layers_is_refused(make):
+    _, learn = make()
+    for call in (learn.freeze, lambda: learn.fine_tune(1), lambda: learn.freeze_to(1)):
+        with pytest.raises(NotImplementedError, match="Freeze"):
+            call()
+    learn.unfreeze()
