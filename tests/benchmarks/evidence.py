@@ -3,7 +3,7 @@
 uv run python -m tests.benchmarks.evidence --data FOLDER [--epochs 10] [--jobs 2] [--runs runs/lecture]
 
 FOLDER is CIFAR-10 as class folders in train/ and test/. Its first 1,000 training and 200 test images of each class are
-linked into a folder of their own. A variant is a comparison of seeds by train_fastai.py, one thread each, `--jobs` of
+copied into a folder of their own. A variant is a comparison of seeds by train_fastai.py, one thread each, `--jobs` of
 them at a time; finished runs are not run again. The tables and figures go to results/lecture/.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib import compare
 from lib.config import OPTIMIZERS, SCHEDULES
-from tests.benchmarks.common import links
+from tests.benchmarks.common import subset
 
 ROOT = Path(__file__).parent.parent.parent
 COMMON = "--size 32 --model small --patience-epochs 1 --lr-iters 70 --gallery 0 --threads 1 --no-progress".split()
@@ -47,7 +47,7 @@ def main():
     p.add_argument("--runs", default=ROOT / "runs/lecture", type=Path)
     p.add_argument("--out", default=ROOT / "results/lecture", type=Path)
     args = p.parse_args()
-    data = links(args.data.expanduser(), args.runs / "data/cifar10-fifth", 10_000, 2_000)
+    data = subset(args.data.expanduser(), args.runs / "data/cifar10-fifth", 10_000, 2_000)
 
     def run(name):
         given = ["--data", data, "--out", args.runs, "--name", name, "--epochs", args.epochs, "--seeds", *args.seeds]

@@ -31,7 +31,7 @@ from fasttransform import Transform
 from torch import nn
 
 from lib import callbacks, checkpoint, config, data, learner, lr_range, models, schedules
-from tests.benchmarks.common import generate, links, machine, save
+from tests.benchmarks.common import generate, machine, save, subset
 
 ROOT = Path(__file__).parents[2]
 FIRST_STEP = """
@@ -191,7 +191,7 @@ def main():
         folder = Path(folder)
         root = folder / "images"
         if args.data:
-            links(Path(args.data), root, args.images, args.images // 4)
+            subset(Path(args.data), root, args.images, args.images // 4)
         else:
             generate(root, args.images, 32, test=args.images // 4)
         common = ["--data", root, "--size", 32, "--valid-pct", 0, "--cache", folder, "--model", args.model]
