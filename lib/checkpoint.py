@@ -60,7 +60,9 @@ class Checkpoint(Callback):
             for cb in self.keepers():
                 cb.load_state_dict(state["callbacks"][cb.name])
             learn.epochs_trained, learn.first_batch = int(state["epochs_trained"]), int(state.get("batches", 0))
-            if type(state.get("batches", 0)) is not int or bool(learn.first_batch) != bool(state.get("partial")):
+            if type(state.get("batches", 0)) is not int or bool(learn.first_batch) != (
+                state.get("partial") is not None
+            ):
                 raise ValueError("batches and the record of them do not go together")
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as e:
             raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
