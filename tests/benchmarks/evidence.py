@@ -20,9 +20,10 @@ from tests.benchmarks.common import subset
 ROOT = Path(__file__).parent.parent.parent
 COMMON = "--size 32 --model small --patience-epochs 1 --lr-iters 70 --gallery 0 --threads 1 --no-progress".split()
 VARIANTS = {
-    **{name: ["--schedule", name] for name in SCHEDULES},
+    "plateau": [],
     **{name: ["--optimizer", name] for name in OPTIMIZERS if name != "sgd"},
     **{f"momentum {m}": ["--momentum", m] for m in ("0.75", "0.99")},
+    **{name: ["--schedule", name] for name in SCHEDULES if name != "plateau"},
     "grad noise": ["--grad-noise", "0.01"],
     "noise on plateaus": ["--grad-noise", "0.01", "--perturb-on-plateau"],
     "balanced": ["--balanced-batches"],
@@ -60,6 +61,10 @@ def main():
         list(pool.map(run, VARIANTS))
     for figure, names in FIGURES.items():
         folders = [folder for name in names for folder in sorted((args.runs / name).glob("*-s*"))]
+        finished = [folder for folder in folders if (folder / "summary.json").exists()]
+        if len(finished) < len(names) * len(args.seeds):
+            print(f"{figure}: {len(finished)} of {len(names) * len(args.seeds)} runs are finished; run this again")
+            continue
         (args.out / figure).mkdir(parents=True, exist_ok=True)
         compare.report(folders, args.out / figure)
 
