@@ -53,7 +53,7 @@ def whole(bands, tmp_path_factory):
     return out / "run"
 
 
-@pytest.mark.parametrize("epoch", [0, 2, 3])
+@pytest.mark.parametrize("epoch", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on_and_ends_equal_to_the_bit(epoch, whole, bands, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         stop_at(m, epoch, 1)

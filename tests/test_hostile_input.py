@@ -325,7 +325,7 @@ def test_a_checkpoint_of_right_form_and_wrong_content_is_one_line(copied, capfd)
     from lib import checkpoint
 
     state = checkpoint.load(copied / "weights/last.pt")
-    for key, wrong in [(k, w) for k in state for w in (None, 5, [], {}, {"x": 1}, "text")]:
+    for key, wrong in [(k, w) for k in state for w in (None, 5, {"x": 1})]:
         if state[key] == wrong or key == "epochs_trained" and wrong == 5 or key in ("scaler", "partial"):
             continue
         checkpoint.save(copied / "weights/last.pt", {**state, key: wrong})

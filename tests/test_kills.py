@@ -25,7 +25,7 @@ SAVES = [("write last.pt", n) for n in (1, 2, 7, 21)] + [("last.pt", n) for n in
 FILES = [("best.safetensors", 1), ("write best.safetensors", 1), ("results.csv", 1), ("write results.csv", 3)]
 REPORT = [("confusion_matrix.csv", 1), ("gallery", 1), ("gradcam.png", 1), ("write summary.json", 1)]
 POINTS = RANGE_TEST + BATCHES + VALIDATION + SAVES + FILES + REPORT
-QUICK = [("batch", 10), ("last.pt", 8), ("gallery", 1)]
+QUICK = [("batch", 10), ("last.pt", 8)]
 
 
 def run(bands, out, every=1e-9):

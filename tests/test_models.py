@@ -36,6 +36,7 @@ def test_a_network_that_does_not_fit_the_images_is_one_line():
         models.cam_layer(flat, 32)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_torchvision_network_rebuilds_from_its_card(bands, tmp_path):
     from safetensors.torch import load_file
 

@@ -25,6 +25,7 @@ def no_windows():
     pyplot.close("all")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys, parse):
     """On the first 25 of each digit; the notebook has them all."""
     whole, few = data.root_folder(parse("--data", "digits")), tmp_path / "digits"

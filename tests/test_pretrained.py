@@ -174,6 +174,7 @@ def test_gradcam_explains_it(tmp_path):
     assert np.mean([m.max() > m.min() for m in maps]) >= 0.5  # of fresh weights some are empty
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_while_frozen_ends_as_if_it_had_not_been(weights, bands, tmp_path, monkeypatch):
     argv = ["--data", bands, "--size", 32, "--model", NET, "--pretrained", weights / "net.pth", "-b", 32]
     argv += ["--epochs", 3, "--freeze-epochs", 2, "--lr", 0.01, "--class-weights", "--grad-noise", 1e-6, "--gallery", 0]

@@ -221,6 +221,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_bad_data_is_one_line_on_stderr_of_the_whole_process(tmp_path):
     command = [sys.executable, "train_fastai.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "runs"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)

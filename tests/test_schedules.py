@@ -309,8 +309,9 @@ RUN = "--size 32 --model small --epochs 3 --lr 0.02 -b 16 --gallery 0".split()
 @pytest.mark.parametrize(
     "more",
     [
-        "--schedule one_cycle --optimizer adam --warmup-epochs 1 --accumulate 2",
-        "--model squeezenet1_1 --schedule triangular2",  # its dropout draws from torch's generator
+        pytest.param("--schedule one_cycle --optimizer adam --warmup-epochs 1 --accumulate 2", marks=pytest.mark.slow),
+        # its dropout draws from torch's generator
+        pytest.param("--model squeezenet1_1 --schedule triangular2", marks=pytest.mark.slow),
         "--schedule grow_batch --patience-epochs 0 --threshold 1 --grad-noise 0.001 --perturb-on-plateau "
         "--balanced-batches",
     ],
