@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.config import AXES, BadInput, Config, one_line, printable, read_file, read_json, resumed
+from lib.config import AXES, BadInput, Config, Parser, command, one_line, printable, read_file, read_json, resumed
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
@@ -215,27 +215,21 @@ def report(folders, out, show=False):
     print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 
 
-def main(argv=None):
-    import argparse
-
-    p = argparse.ArgumentParser(prog="python -m lib.compare", description="Compare finished runs.")
+@command
+def main(argv):
+    p = Parser(prog="python -m lib.compare", description="Compare finished runs.")
     p.add_argument("runs", nargs="+", help="run folders, or folders of them")
     p.add_argument("--out", default=".", help="folder of comparison.csv, .md, .png and report.html (.)")
     args = p.parse_args(argv)
+    folders = []
+    for given in map(Path, args.runs):
+        inside = sorted(p.parent for p in given.glob("*/args.yaml"))
+        folders += inside if inside and not (given / "args.yaml").exists() else [given]
     try:
-        folders = []
-        for given in map(Path, args.runs):
-            inside = sorted(p.parent for p in given.glob("*/args.yaml"))
-            folders += inside if inside and not (given / "args.yaml").exists() else [given]
-        try:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise BadInput(f"--out {args.out}: cannot be made ({e.strerror})") from None
-        report(folders, Path(args.out))
-        return 0
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be made ({e.strerror})") from None
+    report(folders, Path(args.out))
 
 
 if __name__ == "__main__":

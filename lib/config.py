@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,6 +294,21 @@ def guess(word, words):
     """' (did you mean …?)', or nothing."""
     near = difflib.get_close_matches(brief(word).strip("'"), words, 1) if words else ()
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def command(function):
+    """`main(argv)` of a module: exit status 0, or 2 and one line on stderr where `function` raises BadInput."""
+
+    def main(argv=None):
+        try:
+            function(argv)
+            return 0
+        except BadInput as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+
+    main.__doc__ = function.__doc__
+    return main
 
 
 class Parser(argparse.ArgumentParser):

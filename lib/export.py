@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.config import BadInput, Parser
+from lib.config import BadInput, Parser, command
 from lib.predict import as_seen, load
 from lib.runs import write
 
@@ -104,21 +104,17 @@ def fastai(predict):
 FORMATS = {"onnx": (onnx, "model.onnx"), "fastai": (fastai, "export.pkl")}  # name -> function(predictor), file
 
 
-def main(argv=None):
-    """Runs the command line `argv`; returns the exit status: 0, or 2 for bad input."""
+@command
+def main(argv):
+    """Writes a run in another format."""
     p = Parser(prog="python -m lib.export", description="Write a trained run in another format, into its folder.")
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
     p.add_argument("--to", required=True, choices=FORMATS, help="onnx: model.onnx; fastai: export.pkl for load_learner")
-    try:
-        args = p.parse_args(argv)
-        make, name = FORMATS[args.to]
-        content, note = make(load(args.run, "cpu"))
-        write(Path(args.run).expanduser() / name, content)
-        print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
-        return 0
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    args = p.parse_args(argv)
+    make, name = FORMATS[args.to]
+    content, note = make(load(args.run, "cpu"))
+    write(Path(args.run).expanduser() / name, content)
+    print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import yaml
 
 from lib import runs
-from lib.config import BadInput, Config, Parser, flag_of, one_line, printable
+from lib.config import BadInput, Config, Parser, command, flag_of, one_line, printable
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES, ROWS = 3_500_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
@@ -67,7 +67,7 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
 
 
-def command(args, env):
+def command_line(args, env):
     """The command line of the settings `args`; what was typed, where they are those of another version."""
     try:
         config = Config(**{k: v for k, v in args.items() if k not in ASIDE})
@@ -178,7 +178,7 @@ def of_run(folder, live):
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
         "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],
         **(mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])),
-        "command": command(asked, env), "typed": env.get("command", ""),
+        "command": command_line(asked, env), "typed": env.get("command", ""),
         "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
         "all": {k: text(v) for k, v in asked.items()},
         "env": {k: text(v) for k, v in env.items() if v != [] and k not in ELSEWHERE},
@@ -250,18 +250,14 @@ def follow(run, log):
     return after_epoch
 
 
-def main(argv=None):
+@command
+def main(argv):
     p = Parser(prog="python -m lib.report", description="Write report.html, a run or a comparison on one page.")
     p.add_argument("folders", nargs="+", metavar="folder", help="a run folder, or that of a comparison")
     p.add_argument("--open", action="store_true", help="open it in the browser")
-    try:
-        args = p.parse_args(argv)
-        for folder in args.folders:
-            print(printable(write(folder, show=args.open)))
-        return 0
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    args = p.parse_args(argv)
+    for folder in args.folders:
+        print(printable(write(folder, show=args.open)))
 
 
 if __name__ == "__main__":

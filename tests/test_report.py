@@ -212,13 +212,13 @@ assert not {{"torch", "matplotlib", "numpy", "fastai"}} & set(sys.modules), sys.
 )
 def test_the_command_gives_the_same_settings(argv):
     c = config.parse(shlex.split(argv))
-    line = shlex.split(report.command(c.to_dict(), {}))
+    line = shlex.split(report.command_line(c.to_dict(), {}))
     assert line[:3] == ["uv", "run", "train_fastai.py"]
     again = config.parse(line[3:]).to_dict()
     assert {k: v for k, v in again.items() if k not in report.ASIDE} == {
         k: v for k, v in c.to_dict().items() if k not in report.ASIDE
     }
-    assert report.command({"unknown": 1}, {"command": "train_fastai.py -b 8"}) == "uv run train_fastai.py -b 8"
+    assert report.command_line({"unknown": 1}, {"command": "train_fastai.py -b 8"}) == "uv run train_fastai.py -b 8"
 
 
 def comparison_folder(path, name="one_cycle"):
