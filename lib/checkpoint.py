@@ -59,10 +59,8 @@ class Checkpoint(Callback):
                 learn.scaler.load_state_dict(state["scaler"])
             for cb in self.keepers():
                 cb.load_state_dict(state["callbacks"][cb.name])
-            learn.epochs_trained, learn.first_batch = int(state["epochs_trained"]), int(state.get("batches", 0))
-            if type(state.get("batches", 0)) is not int or bool(learn.first_batch) != (
-                state.get("partial") is not None
-            ):
+            learn.epochs_trained, learn.first_batch = int(state["epochs_trained"]), int(state["batches"])
+            if type(state["batches"]) is not int or bool(state["batches"]) != (state["partial"] is not None):
                 raise ValueError("batches and the record of them do not go together")
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as e:
             raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
@@ -70,7 +68,7 @@ class Checkpoint(Callback):
 
     def before_train(self):
         state, self.state = self.state, None
-        if state and state.get("batches"):
+        if state and state["batches"]:
             try:
                 self.learn.recorder.go_on(state["partial"])
             except (KeyError, TypeError, ValueError) as e:

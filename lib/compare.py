@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.config import AXES, BadInput, Config, Parser, command, one_line, printable, read_file, read_json, resumed
-from lib.runs import write, write_csv, write_figure
+from lib.runs import launched, write, write_csv, write_figure
 
 COLUMNS = (
     "variant", "seed", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
@@ -36,7 +36,7 @@ def run(configs, train):
     A run that was cut short goes on. Returns the exit status: 3 where one diverged, else 0. Raises BadInput where a
     folder holds a run with other settings.
     """
-    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+    if launched():
         raise BadInput(
             "a comparison under torchrun: start its runs one by one, then python -m lib.compare (docs/ranks.md)"
         )

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import yaml
 
 from lib import runs
-from lib.config import BadInput, Config, Parser, command, flag_of, one_line, printable
+from lib.config import BadInput, Config, Parser, command, flag_of, one_line, printable, read_json
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES, ROWS = 3_500_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
@@ -39,10 +39,6 @@ def read_table(path):
         return []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f:
         return list(csv.reader(f))
-
-
-def read_json(path, other):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else other
 
 
 def number(text):
@@ -140,7 +136,8 @@ def mistakes(folder):
     at = {name: i for i, name in enumerate(classes)}
     pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:PAIRS]
-    pictures, found, room, left = read_json(folder / "gallery.json", {}), [], ROWS, PICTURES
+    pictures = read_json(folder / "gallery.json") if (folder / "gallery.json").exists() else {}
+    found, room, left = [], ROWS, PICTURES
     for _, file, truth, prediction, *numbers in read_table(folder / "mistakes.csv")[1:]:
         row = dict(file=file, truth=at[truth], prediction=at[prediction], **dict(zip("lpq", map(number, numbers))))
         room -= len(json.dumps(row))
@@ -156,7 +153,9 @@ def of_run(folder, live):
     """What the page shows of a run, finished or not."""
     asked = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
     args = {**{f.name: f.default for f in dataclasses.fields(Config)}, **asked}
-    env, summary = read_json(folder / "env.json", None), read_json(folder / "summary.json", None)
+    env, summary = read_json(folder / "env.json"), None
+    if (folder / "summary.json").exists():
+        summary = read_json(folder / "summary.json")
     rows = columns(folder / "results.csv")
     n, cuts = len(rows.get("epoch", [])), []
     if n and args["schedule"] in ("plateau", "grow_batch"):

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from lib.config import BadInput, one_line, printable, read_json
-from lib.runs import whole_folder
+from lib.runs import on_this_machine, whole_folder
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
@@ -275,9 +275,10 @@ class Store:
     def fits(self):
         """Whether all images, at the mean size of some, take no more than MEMORY_SHARE of the memory that is left."""
         left, some = memory_left(), self.paths[:: max(len(self.paths) // 16, 1)]
-        if left is None or len(self.paths) * self.size**2 * 3 * 8 < MEMORY_SHARE * left:  # nothing to look at
+        share = MEMORY_SHARE / on_this_machine()  # each rank has its own
+        if left is None or len(self.paths) * self.size**2 * 3 * 8 < share * left:  # nothing to look at
             return True
-        return decode_all(some, self.size, True)[0].size / len(some) * len(self.paths) <= MEMORY_SHARE * left
+        return decode_all(some, self.size, True)[0].size / len(some) * len(self.paths) <= share * left
 
     def key(self):
         """A hash of what says that files are still the same: names, sizes, times of change."""

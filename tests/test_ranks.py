@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import callbacks, checkpoint, data, learner, ranks, schedules
+from lib import callbacks, checkpoint, data, learner, ranks, runs, schedules
 from lib import config as settings
 from tests.conftest import free_port, on_ranks
 from tests.test_checkpoint import ARGS, equal, results, train
@@ -132,7 +132,8 @@ def test_bad_data_on_ranks_ends_all(tmp_path):
 
 
 def test_a_comparison_on_ranks_is_refused(bands, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in runs.TORCHRUN:
+        monkeypatch.setenv(name, "2")
     assert main(["--data", str(bands), "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     assert "lib.compare" in capsys.readouterr().err
 
