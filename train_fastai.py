@@ -54,7 +54,7 @@ def train(config):
         with ranks.first_alone():
             dls = data.get_dls(config, device)
         learner.seed_everything(config.seed)
-        model = models.build(config.model, len(dls.vocab), config.pretrained)
+        model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
         models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
         models.check_batches(model, config, len(dls.train.ids), dls.store.size, ranks.world())
         learn = learner.build(config, dls, model, precision)

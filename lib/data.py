@@ -35,6 +35,7 @@ MAX_RATIO, SMALL = 100, 1 << 20  # an archive becomes at most so many times its 
 MAX_HEADER = 1 << 22  # bytes of an archive that are read at once: tarfile reads long names whole
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
 VALID_NAMES = ("valid", "val", "validation")
+PLAIN_PIXELS = 2**21  # that say enough of the colours of all
 TEST_PCT = 0.2  # of the images, where the data brings no test set
 
 
@@ -398,11 +399,11 @@ class StoreDL(TfmdDL):
         n = self.in_batch(i)
         return n // self.world + (self.rank < n % self.world)
 
-    def do_batch(self, idxs):
+    def do_batch(self, idxs, plain=False):
         if self.world > 1 and self.shuffle:
             idxs = np.array_split(idxs, self.world)[self.rank].tolist() or idxs[:1]
         store, augment = self.store, None
-        if self.dataset.split_idx == 0:
+        if self.dataset.split_idx == 0 and not plain:
             augment = next((t for t in self.after_item.fs if isinstance(t, AlbumentationsTransform)), None)
         images = np.empty((len(idxs), store.size, store.size, 3), np.uint8)
         for at, i in enumerate(idxs):
@@ -411,6 +412,16 @@ class StoreDL(TfmdDL):
             images[at] = augment.apply(image, self.epoch, known or 0) if augment else centre(image, store.size)
         x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
+
+    def plain(self, most=None):
+        """(images, labels) of at most `most` images, none of them augmented, that lie evenly in the set and its classes.
+
+        `most` is as many as have PLAIN_PIXELS, where it is not given.
+        """
+        n, most = len(self.dataset), most or max(PLAIN_PIXELS // self.store.size**2, 16)
+        at = np.linspace(0, n - 1, min(n, most)).astype(int).tolist()
+        batch = self.after_batch(tuple(t.to(self.device or "cpu") for t in self.do_batch(at, plain=True)))
+        return tuple(t.as_subclass(torch.Tensor) for t in batch)
 
 
 class NormalizeInPlace(Normalize):

@@ -67,7 +67,7 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     with torch.random.fork_rng(cuda):
         probe = learn.probe()
         probe.model.train()
-        held = [sample(learn.dls.valid)] if on_valid else []
+        held = [learn.dls.valid.plain(learn.dls.valid.bs)] if on_valid else []
         try:
             while len(losses) < len(lrs):
                 epochs += 1
@@ -81,13 +81,6 @@ def run(learn, lrs, stop_div=True, on_valid=False):
                         return np.asarray(lrs[: len(losses)]), np.array(losses), epochs
         finally:
             dl.epoch = epoch
-
-
-def sample(dl):
-    """A batch of images that lie evenly in `dl`, and so in its classes."""
-    n = len(dl.dataset)
-    at = np.linspace(0, n - 1, min(n, dl.bs)).astype(int).tolist()
-    return dl.after_batch(tuple(t.to(dl.device or "cpu") for t in dl.do_batch(at)))
 
 
 def smoothed(losses, width):

@@ -48,23 +48,38 @@ class Residual(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network for small images: a stem, then stages that each halve the side and add a residual block.
 
-    Maps (n, 3, h, w) to logits (n, n_classes); h and w at least 8.
+    Maps (n, 3, h, w) to logits (n, n_classes); h and w at least 9.
     """
 
     def __init__(
         self,
         n_classes,  # length of the output
-        stem,  # channels of the first convolution, at full resolution
+        stem,  # channels of the first convolution, at full resolution; even, at most 24 where it is to whiten
         widths,  # channels of the stages, at 1/2, 1/4, 1/8 of the side
         depth=1,  # convolutions in a residual block
     ):
         super().__init__()
-        self.stem = ConvPoolNorm(3, stem)
+        self.stem = nn.Sequential(nn.Conv2d(3, stem, 2), nn.SiLU())
         self.stages = nn.ModuleList(
             nn.Sequential(ConvPoolNorm(c_in, c_out, pool=True), Residual(c_out, depth))
             for c_in, c_out in zip([stem, *widths], widths)
         )
         self.head = nn.Linear(widths[-1], n_classes)
+
+    @torch.no_grad()
+    def whiten(self, images, eps=5e-4):
+        """Sets the first convolution from `images` (n, 3, h, w), normalised, and holds its weights there.
+
+        Its outputs are then uncorrelated and of variance 1 on their 2 x 2 patches: eigenvectors of the patches'
+        covariance, the largest first, over the roots of their eigenvalues (+ eps); then the negatives of the same
+        (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
+        """
+        conv, k = self.stem[0], self.stem[0].kernel_size[0]
+        patches = images.double().unfold(2, k, 1).unfold(3, k, 1).movedim(1, 3).flatten(3).flatten(0, 2)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + eps).sqrt()).T.flip(0)[: len(conv.weight) // 2].reshape(-1, *conv.weight[0].shape)
+        conv.weight.copy_(torch.cat([filters, -filters])).requires_grad_(False)
+        conv.bias.zero_()
 
     def forward(self, x):
         x = self.stem(x)
@@ -83,8 +98,8 @@ class SmallResNet(nn.Module):
 MOST = 65536  # of each number in a model.json
 # name -> constructor(n_classes, **args), args; multiply-adds are those of a 32 x 32 image
 MODELS = {
-    "small": (SmallResNet, dict(stem=8, widths=(16, 32, 64))),
-    "medium": (SmallResNet, dict(stem=16, widths=(48, 96, 256))),
+    "small": (SmallResNet, dict(stem=24, widths=(16, 32, 64))),
+    "medium": (SmallResNet, dict(stem=24, widths=(32, 96, 256))),
     "large": (SmallResNet, dict(stem=24, widths=(64, 128, 256))),
 }
 
@@ -110,12 +125,17 @@ def check(name, pretrained=""):
         )
 
 
-def build(name, n_classes, pretrained=""):
-    """The network `name`, of `MODELS` or a torchvision classifier, with fresh weights, or a fresh head on others."""
+def build(name, n_classes, pretrained="", images=None):
+    """The network `name`, of `MODELS` or a torchvision classifier, with fresh weights, or a fresh head on others.
+
+    The first convolution of ours whitens `images`, normalised training images (n, 3, h, w), where there are any.
+    """
     check(name, pretrained)
     if name in MODELS:
         constructor, args = MODELS[name]
         model = constructor(n_classes, **args)
+        if images is not None:
+            model.whiten(images)
     else:
         from torchvision.models import get_model
 

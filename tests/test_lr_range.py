@@ -57,7 +57,7 @@ def test_linear_rates_and_valid_losses_are_pytorch_lr_finders(make):
 def test_the_sample_of_valid_has_all_classes(make):
     _, learn = make("--valid-pct", 0.5)
     learn.dls.valid.bs = 8
-    x, y = lr_range.sample(learn.dls.valid)
+    x, y = learn.dls.valid.plain(learn.dls.valid.bs)
     assert np.bincount(y).tolist() == [2, 2, 2, 2] and x.dtype == torch.float32
 
 
