@@ -414,7 +414,7 @@ class StoreDL(TfmdDL):
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
 
     def plain(self, most=None):
-        """(images, labels) of at most `most` images, none of them augmented, that lie evenly in the set and its classes.
+        """(images, labels) of at most `most` images, not augmented, that lie evenly in the set and so in its classes.
 
         `most` is as many as have PLAIN_PIXELS, where it is not given.
         """

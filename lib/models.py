@@ -75,9 +75,12 @@ class SmallResNet(nn.Module):
         (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
         """
         conv, k = self.stem[0], self.stem[0].kernel_size[0]
-        patches = images.double().unfold(2, k, 1).unfold(3, k, 1).movedim(1, 3).flatten(3).flatten(0, 2)
+        patches = images.as_subclass(torch.Tensor).double().unfold(2, k, 1).unfold(3, k, 1)
+        patches = patches.movedim(1, 3).flatten(3).flatten(0, 2)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + eps).sqrt()).T.flip(0)[: len(conv.weight) // 2].reshape(-1, *conv.weight[0].shape)
+        filters = (
+            (vectors / (values + eps).sqrt()).T.flip(0)[: len(conv.weight) // 2].reshape(-1, *conv.weight[0].shape)
+        )
         conv.weight.copy_(torch.cat([filters, -filters])).requires_grad_(False)
         conv.bias.zero_()
 
@@ -91,14 +94,14 @@ class SmallResNet(nn.Module):
 
     @property
     def cam_layer(self):
-        """The layer GradCAM reads: the last whose map is a quarter of the image's side, 8 x 8 for 32 x 32."""
+        """The layer GradCAM reads: the last whose map is a quarter of the image's side, 7 x 7 for 32 x 32."""
         return self.stages[1]
 
 
 MOST = 65536  # of each number in a model.json
 # name -> constructor(n_classes, **args), args; multiply-adds are those of a 32 x 32 image
 MODELS = {
-    "small": (SmallResNet, dict(stem=24, widths=(16, 32, 64))),
+    "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
     "medium": (SmallResNet, dict(stem=24, widths=(32, 96, 256))),
     "large": (SmallResNet, dict(stem=24, widths=(64, 128, 256))),
 }
@@ -220,22 +223,19 @@ def pretrained_stats(config):
 
 
 def cam_layer(model, size):
-    """The layer of `model` that GradCAM reads for images of `size` pixels: `model.cam_layer`, where it has one.
+    """The layer of `model` that GradCAM reads for images of `size` pixels: its output is a map of at least 4 x 4.
 
-    Else the last to finish of those whose output is a map (n, channels, h, w) of at least 4 x 4. Raises BadInput where
-    the network does not take such images, or has no such layer.
+    It is `model.cam_layer`, or, without one that fits, the last to finish whose output (n, channels, h, w) is such a
+    map. Raises BadInput where the network does not take such images, or has no such layer.
     """
-    own = getattr(model, "cam_layer", None)
-    if own is not None:
-        return own
     from lib.config import BadInput, one_line
 
-    last = []
+    own, fitting = getattr(model, "cam_layer", None), []
 
     def look(module, inputs, output):
         if torch.is_tensor(output) and output.dim() == 4 and output.shape[2] == output.shape[3] >= 4:
             if inputs[0].dim() != 4 or inputs[0].shape[2] >= output.shape[2]:  # an enlarged map says no more
-                last[:] = [module]
+                fitting.append(module)
 
     training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
     example = next(model.parameters())
@@ -249,9 +249,9 @@ def cam_layer(model, size):
         model.train(training)
         for handle in handles:
             handle.remove()
-    if not last:
+    if not fitting:
         raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
-    return last[0]
+    return own if own in fitting else fitting[-1]
 
 
 def check_batches(model, config, n, size, ranks=1):

@@ -33,6 +33,7 @@ def results(
     chosen_on="valid",  # the set that chose them
     trace=None,  # (steps, 2) learning rate and momentum of each step; None: the first step of each epoch
     plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
+    label_smoothing=0.0,  # that the training loss has and the others have not
 ):
     """Accuracy, loss, learning rate and momentum over the epochs; plateaus as vertical lines."""
     figure, ((top,), (middle,), (bottom,)) = axes(9, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
@@ -43,6 +44,8 @@ def results(
     for ax, what in ((top, "acc"), (middle, "loss")):
         for name in shown:
             colour, line, label = SETS[name]
+            if what == "loss" and name == "train" and label_smoothing:
+                label = f"train (augmented batches, label smoothing {label_smoothing:g})"
             ax.plot(
                 epochs,
                 [r[f"{name}_{what}"] for r in rows],

@@ -67,7 +67,8 @@ def make(bands, parse):
         config = parse("--data", bands, "--size", 32, "--model", "small", "-b", 16, "--epochs", 2, *argv)
         dls = data.get_dls(config)
         torch.manual_seed(config.seed)
-        return config, learner.build(config, dls, models.build(config.model, len(dls.vocab), images=dls.train.plain()[0]), precision, cbs)
+        model = models.build(config.model, len(dls.vocab), images=dls.train.plain()[0])
+        return config, learner.build(config, dls, model, precision, cbs)
 
     return make
 

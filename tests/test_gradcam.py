@@ -27,12 +27,13 @@ def test_maps_are_grad_cams_own():
     assert np.abs(in_threes - maps).max() < 1e-5  # float32 sums in another order
 
 
+@pytest.mark.parametrize("size, side", [(32, 7), (64, 15), (16, 7)])  # of 16 pixels its own map would be 3 x 3
 @pytest.mark.parametrize("name", models.MODELS)
-def test_the_layer_has_a_map_of_8_by_8(name):
+def test_the_layer_has_a_map_of_at_least_4_by_4(name, size, side):
     model, shapes = models.build(name, 5).eval(), []
-    model.cam_layer.register_forward_hook(lambda m, i, o: shapes.append(o.shape[2:]))
-    model(torch.randn(2, 3, 32, 32))
-    assert shapes == [(8, 8)]
+    models.cam_layer(model, size).register_forward_hook(lambda m, i, o: shapes.append(o.shape[2:]))
+    model(torch.randn(2, 3, size, size))
+    assert shapes == [(side, side)]
 
 
 def test_maps_of_a_trained_network_say_something(make):

@@ -57,3 +57,41 @@ def test_squeeze_excite_scales_channels(name):
     ratio = block(x) / x
     assert torch.allclose(ratio, ratio[:, :, :1, :1].expand_as(ratio), atol=1e-5)
     assert (ratio > 0).all() and (ratio < 1).all()
+
+
+def images_of_edges(n=64, side=16):
+    """Images in which neighbouring pixels are alike, as in photographs: (n, 3, side, side), mean 0, deviation 1."""
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.randn(n, 3, side // 2, side // 2), scale_factor=2, mode="bilinear")
+    x = x + 0.3 * torch.randn_like(x)
+    return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_first_convolution_whitens(name):
+    images = images_of_edges()
+    conv = models.build(name, 4, images=images).stem[0]
+    assert not conv.weight.requires_grad and conv.bias.requires_grad
+    out = conv(images).double().movedim(1, 3).flatten(0, 2)
+    half = out.shape[1] // 2
+    assert torch.allclose(out[:, half:], -out[:, :half], atol=1e-5)
+    second_moment = out[:, :half].T @ out[:, :half] / len(out)
+    assert torch.allclose(second_moment, torch.eye(half).double(), atol=0.02)
+
+
+def test_grey_images_whiten_to_finite_filters():
+    images = images_of_edges()[:, :1].expand(-1, 3, -1, -1)
+    conv = models.build("small", 4, images=images).stem[0]
+    assert torch.isfinite(conv.weight).all() and conv.weight.abs().max() < 100 and conv(images).abs().max() < 20
+
+
+def test_training_leaves_the_whitening_as_it_is(make):
+    _, learn = make("--epochs", 2)
+    conv = learn.model.stem[0]
+    before = conv.weight.clone()
+    learn.fit(2, 0.1)
+    assert torch.equal(before, conv.weight) and conv.bias.abs().max() > 0
+
+
+def test_without_images_the_first_convolution_learns():
+    assert models.build("small", 4).stem[0].weight.requires_grad

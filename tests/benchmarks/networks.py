@@ -22,12 +22,22 @@ from tests.benchmarks.common import machine, save
 
 CANDIDATES = {
     **{name: args for name, (_, args) in models.MODELS.items()},
-    "16;24,64,128": dict(stem=16, widths=(24, 64, 128)),
-    "16;32,96,192": dict(stem=16, widths=(32, 96, 192)),
-    "16;48,96,192": dict(stem=16, widths=(48, 96, 192)),
-    "16;32,80,160 x2": dict(stem=16, widths=(32, 80, 160), depth=2),
-    "24;48,112,224 x2": dict(stem=24, widths=(48, 112, 224), depth=2),
+    "24;32,64,128": dict(stem=24, widths=(32, 64, 128)),
+    "24;32,64,128 not whitening": dict(stem=24, widths=(32, 64, 128), whiten=False),
+    "24;40,96,256": dict(stem=24, widths=(40, 96, 256)),
+    "24;48,96,192": dict(stem=24, widths=(48, 96, 192)),
+    "24;32,80,160 x2": dict(stem=24, widths=(32, 80, 160), depth=2),
 }
+
+
+def network(args, dls):
+    """A fresh network of `args` for the data."""
+    args = dict(args)
+    whiten = args.pop("whiten", True)
+    model = models.SmallResNet(len(dls.vocab), **args)
+    if whiten:
+        model.whiten(dls.train.plain()[0])
+    return model.to(memory_format=torch.channels_last)
 
 
 def multiply_adds(model, size=32):
@@ -73,7 +83,7 @@ def step(model, opt, x, y, autocast):
 def train(args, seed, steps, dls, autocast, lr):
     """Valid accuracy of a network of `args` after `steps` batches of one cycle."""
     torch.manual_seed(seed)
-    model = models.SmallResNet(len(dls.vocab), **args).to(memory_format=torch.channels_last)
+    model = network(args, dls)
     decayed, spared = learner.decay_split(model)
     groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": spared, "weight_decay": 0}]
     opt = torch.optim.SGD(groups, lr, 0.9)
@@ -113,8 +123,7 @@ def main():
     autocast = lambda: torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
     dls = data.get_dls(settings)
     batch = tuple(t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
-    made = {name: models.SmallResNet(len(dls.vocab), **CANDIDATES[name]) for name in args.only}
-    made = {name: m.to(memory_format=torch.channels_last) for name, m in made.items()}
+    made = {name: network(CANDIDATES[name], dls) for name in args.only}
     about = {
         name: {
             "args": CANDIDATES[name],

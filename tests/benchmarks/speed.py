@@ -92,7 +92,7 @@ class Stock:
             batch_tfms=Normalize.from_stats([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]),
         )
         self.dls = block.dataloaders(root, bs=settings.batch_size, device=device)
-        model = models.build(settings.model, len(self.dls.vocab))
+        model = models.build(settings.model, len(self.dls.vocab), images=self.dls.one_batch()[0])
         self.learn = Learner(self.dls, model, opt_func=SGD, metrics=accuracy, cbs=Timed())
         self.images = len(self.dls.train_ds) // settings.batch_size * settings.batch_size  # fastai drops the last
 
@@ -107,7 +107,7 @@ class Ours:
 
     def __init__(self, settings, device, precision, folder):
         self.dls = data.get_dls(settings, device)
-        model = models.build(settings.model, len(self.dls.vocab))
+        model = models.build(settings.model, len(self.dls.vocab), images=self.dls.train.plain()[0])
         self.learn = learner.build(settings, self.dls, model, precision, cbs=[Timed()])
         self.learn.add_cbs(
             [callbacks.KeepBest(), callbacks.Progress(), checkpoint.Checkpoint(folder / "last.pt")],
@@ -141,7 +141,7 @@ class Ceiling:
 
     def __init__(self, ours, steps):
         self.learn, self.steps = ours.learn, steps
-        self.model = models.build(ours.settings.model, len(ours.dls.vocab))
+        self.model = models.build(ours.settings.model, len(ours.dls.vocab), images=ours.dls.train.plain()[0])
         self.model.to(ours.dls.device, memory_format=torch.channels_last)
         self.opt = torch.optim.SGD(self.model.parameters(), 0.01, 0.9, weight_decay=5e-4)
         self.x, self.y = (t.as_subclass(torch.Tensor) for t in ours.dls.one_batch())
