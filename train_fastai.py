@@ -6,6 +6,7 @@ uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a compari
 uv run train_fastai.py --help                every setting
 """
 
+import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def train(config):
     with ranks.joined(device) as leads:  # the first process reads first, and is the one that writes and prints
         with ranks.first_alone():
             dls = data.get_dls(config, device)
+        asked, config = config, dataclasses.replace(config, batch_size=dls.train.bs)
         learner.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
         models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
@@ -61,14 +63,14 @@ def train(config):
         facts = learner.facts(config, learn, precision, threads)
         if config.dry_run:
             if leads:
-                print(*(f"{name}: {value}" for name, value in config.to_dict().items()), sep="\n")
+                print(*(f"{name}: {value}" for name, value in asked.to_dict().items()), sep="\n")
                 print(learner.banner(config, facts, "nothing is written: dry run"))
             return 0
 
         run = past = lr = None
         if leads:
             past = checkpoint.load(Path(config.resume).expanduser() / "weights/last.pt") if config.resume else None
-            run = runs.reopen(config, **facts) if config.resume else runs.start(config, **facts)
+            run = runs.reopen(config, **facts) if config.resume else runs.start(asked, **facts)
             print(learner.banner(config, facts, run.path), flush=True)
             if past:
                 lr = run.env["lr"]

@@ -27,7 +27,7 @@ FREE = (
     "out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only", "open", "log",
     "checkpoint_seconds",
 )  # fmt: skip
-NEEDED = ("test_acc", "last_test_acc", "valid_acc", "chosen_on", "target", "epochs_to_target", "train_seconds")
+NEEDED = {*COLUMNS, "target"} - {"variant", "seed", "last_train_acc", "folder"}  # numbers of a summary
 
 
 def run(configs, train):
@@ -49,8 +49,8 @@ def run(configs, train):
             for name, value in config.to_dict().items():
                 if name not in FREE and kept[name] != value:
                     raise BadInput(f"{path}: was made with {name} {kept[name]}, not {value}; pass another --name")
-            if (path / "summary.json").exists():
-                print(f"{path}: is finished", flush=True)
+            if (path / "summary.json").exists() or config.lr_find_only:
+                print(f"{path}: is {'there' if config.lr_find_only else 'finished'}", flush=True)
                 continue
             here = {name: getattr(config, name) for name in ("cache", "device", "workers", "progress", "dry_run")}
             config = resumed({"resume": str(path), **here})
@@ -81,8 +81,8 @@ def load(folder):
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-        [float(summary[name] or 0) for name in NEEDED if name != "chosen_on"]
-        summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"]
+        [float(summary[name] or 0) for name in NEEDED]
+        summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"], rows[0]["train_acc"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise BadInput(f"{folder}: is no run folder, or damaged ({one_line(e)})") from None
     return {"folder": folder, "args": args, "env": env, "rows": rows, "summary": summary}

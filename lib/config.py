@@ -28,16 +28,16 @@ FREE = (
     "resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery", "dry_run",
     "lr_find_only", "checkpoint_seconds", "open", "log",
 )  # fmt: skip
-RESOLVED = ("threads", "precision", "size")  # of a resumed run: what `auto` became
+RESOLVED = ("threads", "precision", "size", "batch_size")  # of a resumed run: what `auto` became
 PATHS = ("data", "out", "cache", "resume", "pretrained")
 MOST_TEXT = 10**6  # characters of a file of settings
 MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
-COMMON = {"epochs": 50, "batch_size": 128, "model": "medium", "flip": True, "pct_start": 0.25, "cycle_length": 0.2}
+COMMON = {"epochs": 50, "model": "medium", "flip": True, "label_smoothing": 0, "pct_start": 0.25, "cycle_length": 0.2}
 SOURCES = {
-    "cifar10": {},
-    "digits": {"epochs": 20, "batch_size": 64, "model": "small", "flip": False},
+    "cifar10": {"label_smoothing": 0.1},
+    "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 # So does a schedule.
 BY_SCHEDULE = {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}
@@ -91,7 +91,15 @@ class Config:
     seeds: tuple = option((0,), "one run for each: weights, order and augmentation", low=0, high=2**32 - 1, kind=int)
     split_seed: int = option(0, "seed of the split, where the data does not come split", low=0, high=2**32 - 1)
     epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
-    batch_size: int = option(None, "images a step (128; digits 64)", "-b", kind=int, low=1, high=10**6)
+    batch_size: object = option(
+        "auto",
+        "images a step; auto: 128, or a half, a quarter … where an epoch would have fewer than 20 steps",
+        "-b",
+        choices=("auto",),
+        kind=int,
+        low=1,
+        high=10**6,
+    )
     model: str = option(
         None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)", kind=str
     )
@@ -125,7 +133,9 @@ class Config:
     optimizer: str = option("sgd", "sgd (with momentum), nesterov, rmsprop, adagrad, adam", choices=OPTIMIZERS)
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
-    label_smoothing: float = option(0.1, "label smoothing of the training loss", low=0, high=0.99)
+    label_smoothing: float = option(
+        None, "label smoothing of the training loss (0; cifar10 0.1)", kind=float, low=0, high=0.99
+    )
     class_weights: bool = option(False, "training loss weighted by class: images / (classes x images of the class)")
     monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
     patience_epochs: int = option(3, "epochs without improvement that plateau forgives", low=0)
@@ -404,7 +414,8 @@ def resumed(flags):
     run = Path(check(resume, flags["resume"])).expanduser()
     try:
         env = read_json(run / "env.json")
-        found = {name: env[name] for name in RESOLVED} | {"dry_run": False, "lr_find_only": False, "open": False}
+        found = {name: env[name] for name in RESOLVED if name in env or name != "batch_size"}
+        found |= {"dry_run": False, "lr_find_only": False, "open": False}
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
             raise ValueError("lr or resumed is not what a run writes")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
@@ -417,6 +428,8 @@ def resumed(flags):
                 f"{flag_of(name)}: {value} would change the result of {run}, which has {kept.to_dict()[name]}; "
                 "leave it out, or start a new run"
             )
+    if config.lr_find_only:
+        raise BadInput(f"--lr-find-only: {run} has had its range test; leave it out, or start a new run")
     if config.epochs < kept.epochs:
         raise BadInput(f"--epochs: {run} has {kept.epochs}; a resumed run may have more, not fewer")
     if config.epochs > kept.epochs and config.schedule not in ENDLESS:

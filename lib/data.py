@@ -228,8 +228,8 @@ def visible(folder):
     return sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))), key=lambda p: p.name)
 
 
-def images_in(folder, odd):
-    """The images under `folder`. Links to images or folders, and devices named as images, are added to `odd`."""
+def images_in(folder, odd, others):
+    """The images under `folder`. Links and devices are added to `odd`, files not named as images to `others`."""
     found, ahead = [], [folder]
     while ahead:
         with os.scandir(ahead.pop()) as entries:
@@ -243,6 +243,8 @@ def images_in(folder, odd):
                     found.append(Path(entry.path))
                 elif known or entry.is_dir():
                     odd.append(entry.path)
+                else:
+                    others.append(entry.path)
     return sorted(found, key=Path.as_posix)
 
 
@@ -251,14 +253,15 @@ def scan(folder, without=frozenset()):
 
     Each folder in it is a class. Hidden names and links are passed over. Raises BadInput for an empty class.
     """
-    found, odd, notes, spelled = [], [], [], {}
+    found, odd, others, notes, spelled = [], [], [], [], {}
     for sub in visible(folder):
         if not sub.is_dir():
+            others += [sub] if sub.name.lower().endswith(EXTENSIONS) else []
             continue
         if sub.is_symlink():
             odd.append(sub)
             continue
-        files = [p for p in images_in(sub, odd) if p not in without]
+        files = [p for p in images_in(sub, odd, others) if p not in without]
         if not files:
             raise BadInput(
                 f"{sub}: no images{' that can be read' if without else ''} ({' '.join(EXTENSIONS)}; links do not "
@@ -270,6 +273,9 @@ def scan(folder, without=frozenset()):
         found += [(path, label) for path in files]
     if odd:
         notes.append(f"{folder}: links and devices are passed over, {len(odd):,} in all, such as {odd[0]}")
+    if others:
+        text = "not named as images, or in no class folder, are passed over"
+        notes.append(f"{folder}: {len(others):,} files {text}, such as {others[0]}")
     for note in notes if not without else ():
         print(printable(note), flush=True)
     return found
@@ -418,7 +424,7 @@ class StoreDL(TfmdDL):
 
         `most` is as many as have PLAIN_PIXELS, where it is not given.
         """
-        n, most = len(self.dataset), most or max(PLAIN_PIXELS // self.store.size**2, 16)
+        n, most = len(self.dataset), most or max(PLAIN_PIXELS // self.store.size**2, 2)
         at = np.linspace(0, n - 1, min(n, most)).astype(int).tolist()
         batch = self.after_batch(tuple(t.to(self.device or "cpu") for t in self.do_batch(at, plain=True)))
         return tuple(t.as_subclass(torch.Tensor) for t in batch)
@@ -437,6 +443,12 @@ class NormalizeInPlace(Normalize):
 
     def encodes(self, x: TensorImage):
         return x.sub_(self.mean).div_(self.std)
+
+
+def images_a_step(config, n):
+    """`--batch-size` for `n` training images; auto: the largest of 128, 64, … 8 that makes 20 steps, else 8."""
+    sizes = [b for b in (128, 64, 32, 16) if -(-n // b) >= 20]
+    return config.batch_size if config.batch_size != "auto" else max(sizes, default=8)
 
 
 def image_size(config):
@@ -497,7 +509,7 @@ def get_dls(config, device="cpu"):
     dls = block.dataloaders(
         root,
         path=root,
-        bs=config.batch_size,
+        bs=images_a_step(config, len(splits[0])),
         val_bs=batch_size(size),
         drop_last=False,
         num_workers=workers,

@@ -11,7 +11,7 @@ def maps(
     layer,  # the module of `model` whose output is read; its map should be at least 4 x 4
     images,  # (n, channels, h, w) float tensor, normalised as for the network
     targets,  # n class numbers (or grad-cam targets): what each map explains
-    batch_size=64,  # images at a time
+    batch_size=None,  # images at a time; None: 64 of 64 x 64 pixels, fewer of larger ones
 ):
     """Where the network saw the target class in each image: (n, h, w) float32 array in 0..1.
 
@@ -28,6 +28,7 @@ def maps(
         raise ValueError(f"the layer {type(layer).__name__} is not a part of the model")
     if len(images) == 0:
         return np.zeros((0, *images.shape[2:]), np.float32)
+    batch_size = batch_size or max(1, min(64, 64 * 64**2 // images.shape[-1] ** 2))
     twin = copy.deepcopy(model).float().eval().requires_grad_(True)
     for m in twin.modules():
         if getattr(m, "inplace", False):
@@ -39,4 +40,5 @@ def maps(
         for at in range(0, len(images), batch_size):
             wanted = [t if callable(t) else ClassifierOutputTarget(int(t)) for t in targets[at : at + batch_size]]
             found.append(cam(images[at : at + batch_size], wanted))
+            cam.outputs = None  # with the graph behind them
     return np.concatenate(found).clip(0, 1).astype(np.float32)

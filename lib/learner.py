@@ -56,6 +56,20 @@ def class_weights(dls):
     return (counts.sum() / (len(counts) * counts)).float().to(dls.device)
 
 
+class WeightedLoss(CrossEntropyLossFlat):
+    """The mean loss of a batch, each image weighted by its class; labels may be smoothed.
+
+    torch would weight the smoothed share of a label by the classes that it goes to: a rare one would be taught to all.
+    """
+
+    def __call__(self, pred, target, **kwargs):
+        if self.func.reduction != "mean":
+            return super().__call__(pred, target, **kwargs)
+        options = dict(reduction="none", label_smoothing=self.func.label_smoothing)
+        weight = self.func.weight[target]
+        return (weight * nn.functional.cross_entropy(pred, target, **options)).sum() / weight.sum()
+
+
 @contextmanager
 def kept_modes(model):
     """Puts every module of `model` back into the mode, train or eval, that it had."""
@@ -294,8 +308,8 @@ def pick_precision(config, device):
 
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for."""
-    weight = class_weights(dls) if config.class_weights else None
-    loss = CrossEntropyLossFlat(weight=weight, label_smoothing=config.label_smoothing)
+    kind, weight = (WeightedLoss, class_weights(dls)) if config.class_weights else (CrossEntropyLossFlat, None)
+    loss = kind(weight=weight, label_smoothing=config.label_smoothing)
     cbs = list(cbs or [])
     if config.freeze_epochs:
         cbs.append(Freeze(body(model), config.freeze_epochs))
@@ -345,6 +359,7 @@ def facts(config, learn, precision, threads):
         "threads": threads,
         "workers": dls.train.fake_l.num_workers,
         "size": dls.store.size,
+        "batch_size": dls.train.bs,
         "images": {name: len(dl.dataset) for name, dl in sets.items()},
         "skipped": len(dls.store.skipped),
         "classes": list(dls.vocab),

@@ -75,9 +75,10 @@ class SmallResNet(nn.Module):
         (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
         """
         conv, k = self.stem[0], self.stem[0].kernel_size[0]
-        patches = images.as_subclass(torch.Tensor).double().unfold(2, k, 1).unfold(3, k, 1)
+        patches = images.as_subclass(torch.Tensor).cpu().double().unfold(2, k, 1).unfold(3, k, 1)
         patches = patches.movedim(1, 3).flatten(3).flatten(0, 2)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        vectors *= values > 1e-5 * values[-1]  # what no image has, such as colour in grey ones, is not looked at
         filters = (
             (vectors / (values + eps).sqrt()).T.flip(0)[: len(conv.weight) // 2].reshape(-1, *conv.weight[0].shape)
         )

@@ -120,7 +120,7 @@ def settings(args, env):
         ["network", f"{args['model']}, {env['params']:,} parameters"],
         ["learning rate", f"{env['lr']:.4g} ({how}), {args['schedule']}" if "lr" in env else args["schedule"]],
         ["optimizer", f"{args['optimizer']}, momentum {args['momentum']:g}, weight decay {args['weight_decay']:g}"],
-        ["batches, epochs", f"{args['batch_size']} images, {args['epochs']} epochs"],
+        ["batches, epochs", f"{env.get('batch_size', args['batch_size'])} images, {args['epochs']} epochs"],
         ["seed", " ".join(map(str, args["seeds"]))],
         ["computed on", f"{env['device']}{device}, {env['precision']}, {env['threads']} threads"],
     ]

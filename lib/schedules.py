@@ -74,8 +74,8 @@ def grown(size, factor, most):
 
 
 def batch_sizes(config):
-    """The batch sizes that a fit may come to, in order: more than one under grow_batch."""
-    sizes = [config.batch_size]
+    """The batch sizes that a fit may come to, in order: more than one under grow_batch. Here auto is 128."""
+    sizes = [128 if config.batch_size == "auto" else config.batch_size]
     if config.schedule == "grow_batch":
         while (size := grown(sizes[-1], config.factor, config.max_batch_size)) > sizes[-1]:
             sizes.append(size)
@@ -221,7 +221,7 @@ def trace(config, steps_per_epoch, values=None):
         has_momentum=config.optimizer in MOMENTUM,
         recorder=recorder,
         cbs=callbacks,
-        dls=SimpleNamespace(train=SimpleNamespace(bs=config.batch_size)),
+        dls=SimpleNamespace(train=SimpleNamespace(bs=batch_sizes(config)[0])),
         n_epoch=config.epochs,
         n_iter=steps_per_epoch,
         training=True,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib.config import BadInput, one_line, printable, read_json
 from lib.runs import on_this_machine, whole_folder
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
 MANY_PIXELS = 2**24  # images of more are decoded one at a time
 MAX_BYTES = 8 * MAX_PIXELS  # of a file

@@ -417,7 +417,7 @@ def test_a_batch_that_grows_to_leave_one_image_is_refused_before_training():
 def test_few_images_train(tmp_path, capfd):
     """Fewer than a batch in valid and test, a last batch of one in train."""
     root = good(tmp_path / "photos", "ab", 4)
-    argv = ["--data", root, "--out", tmp_path, *SMALL, "--name", "few", "-b", 3]
+    argv = ["--data", root, "--out", tmp_path, *SMALL, "--name", "few", "-b", 3, "--size", 20]
     assert main([*map(str, argv)]) == 0
     assert json.loads((tmp_path / "few/env.json").read_text())["images"] == {"train": 4, "valid": 2, "test": 2}
 

@@ -1,5 +1,6 @@
 import functools
 import http.server
+import json
 import random
 import tarfile
 import threading
@@ -8,13 +9,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import yaml
 from fastai.data.external import URLs, fastai_cfg
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage
 from PIL import Image
 
 from lib import data, store
-from tests.conftest import picture, save
+from tests.conftest import SMALL, picture, save
 from train_fastai import main
 
 RNG = np.random.default_rng(0)
@@ -81,6 +83,14 @@ def test_the_order_of_the_file_system_does_not_matter(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.os, "walk", shuffled)
     assert data.find_images(root, 0.1, 0) == before
+
+
+def test_files_that_are_not_taken_are_said(tmp_path, capsys):
+    root = tree(tmp_path / "data", {"": {"a": 9, "b": 9}})
+    (root / "a" / "photo.heic").write_bytes(b"")
+    save(root / "loose.png", picture(RNG, 0))
+    assert sum(map(len, data.find_images(root, 0.1, 0))) == 18
+    assert "2 files not named as images, or in no class folder, are passed over" in capsys.readouterr().out
 
 
 def test_hidden_files_and_linked_folders_are_passed_over(tmp_path):
@@ -248,3 +258,17 @@ def test_normalizing_in_place_gives_fastais_numbers():
     expected = theirs.encodes(images)
     found = ours.encodes(images.clone())
     assert (found == expected).all() and (ours.decodes(found) == theirs.decodes(expected)).all()
+
+
+@pytest.mark.parametrize("n, size", [(1, 8), (304, 8), (305, 16), (1_294, 64), (2_432, 64), (2_433, 128)])
+def test_auto_makes_20_steps_an_epoch_where_it_can(parse, n, size):
+    assert data.images_a_step(parse(), n) == size and data.images_a_step(parse("-b", 100), n) == 100
+
+
+def test_a_run_keeps_what_was_asked_and_what_auto_became(tmp_path, bands):
+    argv = ["--data", bands, *SMALL, "--out", tmp_path, "--name", "x"]
+    argv[argv.index("-b") + 1] = "auto"
+    assert main(list(map(str, argv))) == 0 and main(["--resume", str(tmp_path / "x"), "--epochs", "2"]) == 0
+    assert yaml.safe_load((tmp_path / "x/args.yaml").read_text())["batch_size"] == "auto"
+    assert json.loads((tmp_path / "x/env.json").read_text())["batch_size"] == 8
+    assert [line.split(",")[4] for line in (tmp_path / "x/results.csv").read_text().split()] == ["batch_size", "8", "8"]

@@ -1,5 +1,6 @@
 """--pretrained, --freeze-epochs and --class-weights."""
 
+import dataclasses
 import json
 import urllib.request
 
@@ -285,6 +286,9 @@ def test_class_weights_are_in_inverse_proportion_and_in_the_training_loss_alone(
     w, k = expected[y], y.numpy()
     by_hand = -(w * log_p[range(len(k)), k]).sum() / w.sum()
     assert learn.loss_func(torch.tensor(log_p), y).item() == pytest.approx(by_hand, rel=1e-5)
+    smooth = learner.build(dataclasses.replace(config, label_smoothing=0.3), dls, learn.model).loss_func
+    by_hand = -(w * (0.7 * log_p[range(len(k)), k] + 0.1 * log_p.sum(1))).sum() / w.sum()
+    assert smooth(torch.tensor(log_p), y).item() == pytest.approx(by_hand, rel=1e-5)
     z, y = zip(*[(z, y) for _, z, y in learn.logits(dls.valid)])
     assert learn.validate()[0] == pytest.approx(F.cross_entropy(torch.cat(z), torch.cat(y)).item(), rel=1e-5)
     assert learner.build(parse("--data", "digits"), dls, models.build("small", 3)).loss_func.func.weight is None

@@ -144,7 +144,7 @@ def main():
             key = f"{args.seconds:g} s, seed {seed}"
             if key in runs:
                 continue
-            steps = math.ceil(args.seconds * speed[name] / settings.batch_size)
+            steps = math.ceil(args.seconds * speed[name] / dls.train.bs)
             acc, seconds = train(CANDIDATES[name], seed, steps, dls, autocast, args.lr)
             runs[key] = {"valid_acc": acc, "batches": steps, "seconds": seconds}
             print(f"{name:20s} {key:16s} {steps} batches, {seconds:.0f} s: valid {acc:.4f}", flush=True)
