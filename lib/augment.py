@@ -61,9 +61,8 @@ class CropFromPadding(A.ImageOnlyTransform):
         self.size, self.padding = size, padding
 
     def apply(self, img, y, x, **params):
-        pad = self.padding
-        if pad:
-            img = cv2.copyMakeBorder(img, pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
+        if self.padding:
+            img = cv2.copyMakeBorder(img, *[self.padding] * 4, cv2.BORDER_REFLECT_101)
         return img[y : y + self.size, x : x + self.size]
 
     def get_params_dependent_on_data(self, params, data):

@@ -499,25 +499,12 @@ def get_dls(config, device="cpu"):
         batch_tfms=NormalizeInPlace.of(mean, std, size),
         dl_type=StoreDL,
     )
-    workers = (
-        config.workers
-        if config.workers != "auto"
-        else 0
-        if torch.device(device).type == "cpu"
-        else min(8, max(1, os.cpu_count() // runs.on_this_machine()))
-    )
-    dls = block.dataloaders(
-        root,
-        path=root,
-        bs=images_a_step(config, len(splits[0])),
-        val_bs=batch_size(size),
-        drop_last=False,
-        num_workers=workers,
-        pin_memory=torch.device(device).type == "cuda",
-        device=torch.device(device),
-        store=store,
-        seed=config.seed,
-        balanced=config.balanced_batches,
-    )
+    device, workers = torch.device(device), config.workers
+    if workers == "auto":
+        workers = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // runs.on_this_machine()))
+    how = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
+    how |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))
+    how |= dict(store=store, seed=config.seed, balanced=config.balanced_batches)  # StoreDL's own
+    dls = block.dataloaders(root, path=root, **how)
     dls.test, dls.store, dls.mean, dls.std = dls[2], store, mean, std
     return dls

@@ -35,20 +35,13 @@ def mistakes(learn, k=None, found=None):
 
     dl = learn.dls.test
     targets, p, losses = found or outcome(learn, dl)
-    predictions, rows = p.argmax(1), []
+    predictions, names, vocab, rows = p.argmax(1), learn.dls.store.names, learn.dls.vocab, []
     for i in ClassificationInterpretation(learn, dl, torch.from_numpy(losses)).top_losses()[1].tolist():
-        if predictions[i] != targets[i] and (k is None or len(rows) < k):
-            rows.append(
-                {
-                    "rank": len(rows) + 1,
-                    "file": learn.dls.store.names[dl.ids[i]],
-                    "truth": learn.dls.vocab[targets[i]],
-                    "prediction": learn.dls.vocab[predictions[i]],
-                    "loss": float(losses[i]),
-                    "p_prediction": float(p[i, predictions[i]]),
-                    "p_truth": float(p[i, targets[i]]),
-                }
-            )
+        truth, taken = targets[i], predictions[i]
+        if taken != truth and (k is None or len(rows) < k):
+            numbers = map(float, (losses[i], p[i, taken], p[i, truth]))
+            row = len(rows) + 1, names[dl.ids[i]], vocab[truth], vocab[taken], *numbers
+            rows.append(dict(zip(MISTAKE_COLUMNS, row)))
     return rows
 
 
@@ -59,11 +52,8 @@ def explain(learn, rows):
     at = [number[row["file"]] for row in rows]
     x = dl.after_batch(learn._set_device(dl.do_batch(at)))[0]
     layer = models.cam_layer(learn.model, store.size)
-    both = [
-        gradcam.maps(learn.model, layer, x, [vocab.index(row[what]) for row in rows])
-        for what in ("prediction", "truth")
-    ]
-    return np.stack([centre(store[dl.ids[i]], store.size) for i in at]), *both
+    maps = lambda what: gradcam.maps(learn.model, layer, x, [vocab.index(row[what]) for row in rows])
+    return np.stack([centre(store[dl.ids[i]], store.size) for i in at]), maps("prediction"), maps("truth")
 
 
 def pictured(rows, gallery, most=100):
@@ -112,24 +102,14 @@ def range_test(learn, config, run):
     """Runs the range test, writes lr_find.csv and lr_find.png, and returns the rate that `--lr-suggest` names."""
     linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
     found = learn.lr_find(1e-5, config.lr_high, config.lr_iters, linear=linear, on_valid=on_valid)
-    lr = found.suggestions[config.lr_suggest]
-    write_csv(run / "lr_find.csv", found.rows())
-    figure = plots.lr_find(
-        found.lrs,
-        found.losses,
-        found.smooth_losses,
-        found.suggestions,
-        config.lr_suggest,
-        f"Learning rate range test: {run.path.name}",
-        linear,
-        "valid loss" if on_valid else "training loss",
-    )
+    lr, curves = found.suggestions[config.lr_suggest], (found.lrs, found.losses, found.smooth_losses)
+    write_table(run / "lr_find.csv", ("lr", "loss", "smooth_loss"), zip(*(curve.tolist() for curve in curves)))
+    title, what = f"Learning rate range test: {run.path.name}", "valid loss" if on_valid else "training loss"
+    figure = plots.lr_find(*curves, found.suggestions, config.lr_suggest, title, linear, what)
     write_figure(run / "lr_find.png", figure)
-    all_four = ", ".join(f"{name} {rate:.3g}" for name, rate in found.suggestions.items())
+    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in found.suggestions.items())
     more = f", in {found.epochs} passes over the training images" if found.epochs > 1 else ""
-    print(
-        f"range test: {len(found.lrs)} batches{more}: {all_four}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True
-    )
+    print(f"range test: {len(found.lrs)} batches{more}: {rates}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
     run.note(lr_suggestions=found.suggestions)
     return lr
 
@@ -146,9 +126,7 @@ def peak_rss_bytes():
 
 def optimizer_state_bytes(opt):
     """Bytes of the tensors that a torch optimizer keeps beside the weights."""
-    return sum(
-        t.numel() * t.element_size() for state in opt.state.values() for t in state.values() if torch.is_tensor(t)
-    )
+    return sum(t.nbytes for state in opt.state.values() for t in state.values() if torch.is_tensor(t))
 
 
 def summarize(config, env, rows, best_epoch, valid, test, opt):
@@ -190,17 +168,14 @@ def report(learn, config, run, rows, best):
     trace = schedules.trace(dataclasses.replace(config, lr=run.env["lr"]), steps, values)[: steps * len(rows)]
     plateaus = config.schedule in ("plateau", "grow_batch")
     shown = (config.target, best.epoch_number, chosen_on, trace, plateaus, config.label_smoothing)
-    figure = plots.results(rows, title, *shown)
-    write_figure(run / "results.png", figure)
+    write_figure(run / "results.png", plots.results(rows, title, *shown))
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (test[0], test[1].argmax(1)), 1)
     table = [[name, *row] for name, row in zip(classes, counts.tolist())]
     write_table(run / "confusion_matrix.csv", ["truth", *classes], table)
     noted = "" if chosen_on == "valid" else ", which also chose the weights"
-    write_figure(
-        run / "confusion_matrix.png",
-        plots.confusion_matrix(counts, classes, f"{title}\n{test[0].size:,} test images{noted}"),
-    )
+    figure = plots.confusion_matrix(counts, classes, f"{title}\n{test[0].size:,} test images{noted}")
+    write_figure(run / "confusion_matrix.png", figure)
 
     wrong = mistakes(learn, None, test)
     write_csv(run / "mistakes.csv", wrong, MISTAKE_COLUMNS)
@@ -213,17 +188,14 @@ def report(learn, config, run, rows, best):
         pictures = (found[: len(top)] for found in (images, *maps))
         write_figure(run / "gradcam.png", plots.gradcam(*pictures, top, heading))
     write_json(run / "summary.json", summary)  # last: it says that all is there
-    print(closing(config, summary, len(top), run.path), flush=True)
+    print(closing(summary, len(top), run.path), flush=True)
 
 
-def closing(config, s, shown, path):
+def closing(s, shown, path):
     """The result in three lines and where to look."""
     chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
-    when = (
-        f"reached after {s['epochs_to_target']} epochs, {s['seconds_to_target']:.0f} s"
-        if s["epochs_to_target"]
-        else "not reached"
-    )
+    epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
+    when = f"reached after {epochs} epochs, {seconds:.0f} s" if epochs else "not reached"
     mistakes = f"{shown} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes, so none to explain"
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "

@@ -111,7 +111,6 @@ class SGDLearner(Learner):
         cbs=None,  # further callbacks
         **kwargs,  # as fastai's Learner
     ):
-        loss_func = loss_func or CrossEntropyLossFlat()
         self.dtype, self.scaler, self.accumulate = DTYPES[precision], None, accumulate
         self.has_momentum = optimizer in MOMENTUM
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback has put back one that was cut short
@@ -119,27 +118,17 @@ class SGDLearner(Learner):
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
         model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        super().__init__(
-            dls,
-            model,
-            loss_func,
-            opt_func=partial(OptimWrapper, opt=partial(OPTIMIZERS[optimizer], mom=mom)),
-            lr=lr,
-            splitter=decay_split,
-            wd=[wd, 0.0],
-            moms=(mom, mom, mom),
-            default_cbs=False,
-            cbs=[TrainEvalCallback(), EpochRecorder(), *(cbs or [])],
-            **kwargs,
-        )
+        opt_func = partial(OptimWrapper, opt=partial(OPTIMIZERS[optimizer], mom=mom))
+        own = dict(lr=lr, splitter=decay_split, wd=[wd, 0.0], moms=(mom, mom, mom), default_cbs=False)
+        cbs = [TrainEvalCallback(), EpochRecorder(), *(cbs or [])]
+        super().__init__(dls, model, loss_func or CrossEntropyLossFlat(), opt_func=opt_func, cbs=cbs, **own, **kwargs)
         if self.dtype is torch.float16 and device.type == "cuda":
             self.scaler = torch.amp.GradScaler("cuda")
 
     def autocast(self):
         """The context in which training's forward passes run."""
-        return torch.autocast(
-            torch.device(self.dls.device or "cpu").type, self.dtype, enabled=self.dtype is not torch.float32
-        )
+        kind = torch.device(self.dls.device or "cpu").type
+        return torch.autocast(kind, self.dtype, enabled=self.dtype is not torch.float32)
 
     def _call_one(self, event_name):
         """As fastai's, but callbacks are not asked about events of a batch that they do not have: it takes longer."""
@@ -270,9 +259,7 @@ class SGDLearner(Learner):
     def freeze_to(self, n):
         """As fastai's for 0. Its groups are layers; ours tell what decays, and frozen would be weights but no bias."""
         if n:
-            raise NotImplementedError(
-                "the parameter groups are not layers; use the Freeze callback, or --freeze-epochs"
-            )
+            raise NotImplementedError("the parameter groups are no layers; use the Freeze callback, or --freeze-epochs")
 
     def probe(self):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
@@ -316,18 +303,8 @@ def build(config, dls, model, precision="float32", cbs=None):
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
-    return SGDLearner(
-        dls,
-        model,
-        loss,
-        mom=config.momentum,
-        wd=config.weight_decay,
-        optimizer=config.optimizer,
-        accumulate=config.accumulate,
-        precision=precision,
-        cbs=cbs,
-        path=dls.path,
-    )
+    how = dict(mom=config.momentum, wd=config.weight_decay, optimizer=config.optimizer, accumulate=config.accumulate)
+    return SGDLearner(dls, model, loss, precision=precision, cbs=cbs, path=dls.path, **how)
 
 
 def set_threads(config):

@@ -32,13 +32,6 @@ class RangeTest:
         """{rule: learning rate}"""
         return {name: getattr(self, name) for name in SUGGESTIONS}
 
-    def rows(self):
-        """The rows of lr_find.csv."""
-        return [
-            dict(lr=float(a), loss=float(b), smooth_loss=float(c))
-            for a, b, c in zip(self.lrs, self.losses, self.smooth_losses)
-        ]
-
 
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False):
     """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.

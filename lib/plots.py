@@ -46,30 +46,14 @@ def results(
             colour, line, label = SETS[name]
             if what == "loss" and name == "train" and label_smoothing:
                 label = f"train (augmented batches, label smoothing {label_smoothing:g})"
-            ax.plot(
-                epochs,
-                [r[f"{name}_{what}"] for r in rows],
-                line,
-                color=colour,
-                label=label,
-                marker="." if len(rows) < 15 else None,
-            )
+            marker, values = "." if len(rows) < 15 else None, [r[f"{name}_{what}"] for r in rows]
+            ax.plot(epochs, values, line, color=colour, label=label, marker=marker)
     if target:
         top.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
     if best_epoch:
-        row = rows[best_epoch - 1]
-        top.plot(
-            best_epoch,
-            row["test_acc"],
-            "o",
-            color=VERMILION,
-            mec="black",
-            ms=8,
-            label=f"kept: epoch {best_epoch}, best {chosen_on} accuracy",
-        )
-    top.set(
-        ylabel="accuracy",
-    )
+        kept = dict(color=VERMILION, mec="black", ms=8, label=f"kept: epoch {best_epoch}, best {chosen_on} accuracy")
+        top.plot(best_epoch, rows[best_epoch - 1]["test_acc"], "o", **kept)
+    top.set(ylabel="accuracy")
     noted = "\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""
     top.set_title(title + noted, parse_math=False)
     middle.set(ylabel="loss (cross-entropy)", ylim=(0, None))
@@ -86,14 +70,8 @@ def results(
     bottom.xaxis.get_major_locator().set_params(integer=True)
     for ax in (top, middle, bottom):
         for i, cut in enumerate(cuts):
-            ax.axvline(
-                cut,
-                color=GREY,
-                lw=1,
-                ls="--",
-                alpha=0.6,
-                label="plateau: rate reduced, or batch grown" if i == 0 and ax is top else None,
-            )
+            label = "plateau: rate reduced, or batch grown" if i == 0 and ax is top else None
+            ax.axvline(cut, color=GREY, lw=1, ls="--", alpha=0.6, label=label)
         plain(ax)
     top.legend(loc="lower right")
     middle.legend(loc="upper right")
@@ -121,11 +99,7 @@ def lr_find(
         ax.plot(lr, y, marker, color=colour, ms=12 if name == used else 9, mec="black", label=label, zorder=3)
     ax.axvline(suggestions[used], color=GREY, ls="--", lw=1)
     low, high = np.nanmin(smooth_losses), max(smooth_losses[: max(len(lrs) // 2, 1)])
-    ax.set(
-        xlabel="learning rate",
-        ylabel=what,
-        ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)),
-    )
+    ax.set(xlabel="learning rate", ylabel=what, ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)))
     ax.set_title(title, parse_math=False)
     plain(ax).legend()
     return figure
@@ -143,28 +117,13 @@ def confusion_matrix(
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
-    if n <= 40:
-        for i in range(n):
-            for j in range(n):
-                if counts[i, j]:
-                    ax.text(
-                        j,
-                        i,
-                        int(counts[i, j]),
-                        ha="center",
-                        va="center",
-                        fontsize=10 if n <= 15 else 7,
-                        color="white" if share[i, j] > 0.55 else "black",
-                    )
+    size, turned = (10, dict(rotation=45, ha="right")) if n <= 15 else (7, dict(rotation=90, ha="center"))
+    for i, j in zip(*np.nonzero(counts)) if n <= 40 else ():
+        colour = "white" if share[i, j] > 0.55 else "black"
+        ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=size, color=colour)
     step = max(n // 60, 1)
     names = [short(c) for c in classes]
-    ax.set_xticks(
-        range(0, n, step),
-        names[::step],
-        rotation=45 if n <= 15 else 90,
-        ha="right" if n <= 15 else "center",
-        parse_math=False,
-    )
+    ax.set_xticks(range(0, n, step), names[::step], parse_math=False, **turned)
     ax.set_yticks(range(0, n, step), names[::step], parse_math=False)
     ax.set(xlabel="prediction", ylabel="truth")
     ax.set_title(title, parse_math=False)
@@ -203,18 +162,13 @@ def gradcam(
     cols = min(5, len(images)) if len(images) > 4 else min(2, len(images))
     lines = math.ceil(len(images) / cols)
     figure = Figure(figsize=(4.6 * cols, 2.3 * lines + 0.7), layout="constrained")
-    for cell, image, a, b, row in zip(
-        np.ravel(figure.subfigures(lines, cols, squeeze=False)), images, why, where, rows
-    ):
-        cell.suptitle(
-            f"{row['rank']}. predicted {short(row['prediction'])} {row['p_prediction']:.0%}, "
-            f"truth {short(row['truth'])} {percent(row['p_truth'])}",
-            fontsize=13,
-            parse_math=False,
-        )
-        for ax, cam, name in zip(
-            cell.subplots(1, 3), (None, a, b), ("image", f"why {row['prediction']}", f"where {row['truth']}")
-        ):
+    cells = np.ravel(figure.subfigures(lines, cols, squeeze=False))
+    for cell, image, a, b, row in zip(cells, images, why, where, rows):
+        said = f"{row['rank']}. predicted {short(row['prediction'])} {row['p_prediction']:.0%}"
+        p_truth = "<0.1%" if row["p_truth"] < 0.001 else f"{row['p_truth']:.1%}"
+        cell.suptitle(f"{said}, truth {short(row['truth'])} {p_truth}", fontsize=13, parse_math=False)
+        names = "image", f"why {row['prediction']}", f"where {row['truth']}"
+        for ax, cam, name in zip(cell.subplots(1, 3), (None, a, b), names):
             ax.imshow(image, interpolation="nearest")
             if cam is not None:
                 ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
@@ -222,10 +176,6 @@ def gradcam(
             ax.axis("off")
     figure.suptitle(title, fontsize=17, parse_math=False)
     return figure
-
-
-def percent(p):
-    return "<0.1%" if p < 0.001 else f"{p:.1%}"
 
 
 def explanation(
