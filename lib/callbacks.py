@@ -1,7 +1,6 @@
 """Callbacks: the record of a fit, plateau, the best weights, and what is printed while it runs."""
 
 import math
-import sys
 import time
 
 import numpy as np
@@ -415,15 +414,9 @@ class Progress(Callback):
         self.bar, self.on_epoch = bar, on_epoch
 
     def before_train(self):
-        self.tqdm = tqdm(
-            total=len(self.dls.train),
-            initial=self.learn.first_batch,
-            desc=f"epoch {self.epoch + 1}/{self.n_epoch}",
-            unit="batch",
-            leave=False,
-            disable=not (self.bar and sys.stderr.isatty()),
-            mininterval=0.2,
-        )
+        desc = f"epoch {self.epoch + 1}/{self.n_epoch}"
+        options = dict(unit="batch", leave=False, mininterval=0.2, disable=None if self.bar else True)
+        self.tqdm = tqdm(total=len(self.dls.train), initial=self.learn.first_batch, desc=desc, **options)
 
     def after_batch(self):
         if self.training:
@@ -431,13 +424,9 @@ class Progress(Callback):
             record = self.recorder
             if not record.pending:
                 done = (self.epoch + (self.iter + 1) / self.n_iter) / self.n_epoch
-                left = (time.perf_counter() - record.start) * (1 - done) / done
-                self.tqdm.set_postfix(
-                    loss=f"{record.latest['loss']:.3f}",
-                    acc=f"{record.latest['acc']:.3f}",
-                    lr=f"{record.rate:.3g}",
-                    left=tqdm.format_interval(left),  # of all epochs
-                )
+                left = tqdm.format_interval((time.perf_counter() - record.start) * (1 - done) / done)  # of all epochs
+                latest = {name: f"{value:.3f}" for name, value in record.latest.items()}
+                self.tqdm.set_postfix(**latest, lr=f"{record.rate:.3g}", left=left)
 
     def after_train(self):
         self.close()

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.config import AXES, BadInput, Config, Parser, command, one_line, printable, read_file, read_json, resumed
+from lib.config import (
+    AXES,
+    MACHINE,
+    BadInput,
+    Config,
+    Parser,
+    command,
+    one_line,
+    printable,
+    read_file,
+    read_json,
+    resumed,
+)
 from lib.runs import launched, write, write_csv, write_figure
 
 COLUMNS = (
@@ -19,14 +31,7 @@ COLUMNS = (
     "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "folder",
 )  # fmt: skip
 # Settings that do not tell variants, and those that a comparison may be gone on with under other values.
-ASIDE = (
-    "seeds", "out", "name", "cache", "resume", "device", "workers", "threads", "progress", "gallery", "dry_run", "open",
-    "log", "checkpoint_seconds",
-)  # fmt: skip
-FREE = (
-    "out", "resume", "cache", "device", "workers", "threads", "progress", "dry_run", "lr_find_only", "open", "log",
-    "checkpoint_seconds",
-)  # fmt: skip
+ASIDE, FREE = (*MACHINE, "out", "seeds", "name", "gallery"), (*MACHINE, "out")
 NEEDED = {*COLUMNS, "target"} - {"variant", "seed", "last_train_acc", "folder"}  # numbers of a summary
 
 
@@ -184,15 +189,9 @@ def report(folders, out, show=False):
     rows = []
     for name, group in variants.items():
         for r in group:
-            known = {
-                **r["summary"],
-                "last_train_acc": r["rows"][-1]["train_acc"],
-                "variant": name,
-                "seed": r["args"]["seeds"][0],
-                "folder": Path(os.path.relpath(r["folder"], out)).as_posix(),
-            }
-            rows.append({c: known[c] for c in COLUMNS})
-    write_csv(out / "comparison.csv", rows)
+            more = dict(variant=name, seed=r["args"]["seeds"][0], last_train_acc=r["rows"][-1]["train_acc"])
+            rows.append({**r["summary"], **more, "folder": Path(os.path.relpath(r["folder"], out)).as_posix()})
+    write_csv(out / "comparison.csv", rows, COLUMNS)
     text, verdicts = table(variants)
     prints, chosen = {r["env"]["data_fingerprint"] for r in runs}, {r["summary"]["chosen_on"] for r in runs}
     lengths = sorted({len(r["rows"]) for r in runs})

@@ -16,18 +16,16 @@ SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = (
     "plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch"
 )  # fmt: skip
-LR_SCALES = ("exponential", "linear")
 MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MODELS = ("small", "medium", "large")
 BAD_IMAGES = ("fail", "skip")
+AUTO = ("auto",)
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
 # What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
-FREE = (
-    "resume", "epochs", "data", "cache", "device", "workers", "threads", "progress", "target", "gallery", "dry_run",
-    "lr_find_only", "checkpoint_seconds", "open", "log",
-)  # fmt: skip
+MACHINE = "resume cache device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
+FREE = (*MACHINE, "epochs", "data", "target", "gallery")
 RESOLVED = ("threads", "precision", "size", "batch_size")  # of a resumed run: what `auto` became
 PATHS = ("data", "out", "cache", "resume", "pretrained")
 MOST_TEXT = 10**6  # characters of a file of settings
@@ -35,10 +33,7 @@ MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = {"epochs": 50, "model": "medium", "flip": True, "label_smoothing": 0, "pct_start": 0.25, "cycle_length": 0.2}
-SOURCES = {
-    "cifar10": {"label_smoothing": 0.1},
-    "digits": {"epochs": 20, "model": "small", "flip": False},
-}
+SOURCES = {"cifar10": {"label_smoothing": 0.1}, "digits": {"epochs": 20, "model": "small", "flip": False}}
 # So does a schedule.
 BY_SCHEDULE = {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}
 
@@ -69,14 +64,15 @@ def one_line(e):
     return printable(" ".join(f"{type(e).__name__}: {e}".split()))
 
 
-def option(default, help, *flags, choices=None, low=None, high=None, kind=None, alone=None):
-    """A field of `Config` and its command-line option in one.
+def option(default, help, *flags, choices=None, low=None, high=None, alone=None):
+    """A field of `Config` and its command-line option in one; its annotation is the type of a value.
 
-    `kind` is the type of the value where the default does not show it; `low` and `high` are inclusive bounds; where
-    `choices` stands beside a number, either is taken; `alone` is the value of a flag without one.
+    `low` and `high` are inclusive bounds; where `choices` stands beside a number, either is taken; `alone` is the value
+    of a flag without one.
     """
-    m = dict(help=help, flags=flags, choices=choices, low=low, high=high, kind=kind or type(default), alone=alone)
-    return field(default=default, metadata=m)
+    return field(
+        default=default, metadata=dict(help=help, flags=flags, choices=choices, low=low, high=high, alone=alone)
+    )
 
 
 @dataclass(frozen=True)
@@ -88,54 +84,37 @@ class Config:
     bad_images: str = option(
         "fail", "images that cannot be read: fail names the first; skip lists them in skipped.csv", choices=BAD_IMAGES
     )
-    seeds: tuple = option((0,), "one run for each: weights, order and augmentation", low=0, high=2**32 - 1, kind=int)
+    seeds: tuple = option((0,), "one run for each: weights, order and augmentation", low=0, high=2**32 - 1)
     split_seed: int = option(0, "seed of the split, where the data does not come split", low=0, high=2**32 - 1)
-    epochs: int = option(None, "passes over the training images (50; digits 20)", kind=int, low=1)
-    batch_size: object = option(
-        "auto",
-        "images a step; auto: 128, or a half, a quarter … where an epoch would have fewer than 20 steps",
-        "-b",
-        choices=("auto",),
-        kind=int,
-        low=1,
-        high=10**6,
+    epochs: int = option(None, "passes over the training images (50; digits 20)", low=1)
+    batch_size: int = option(
+        "auto", "images a step; auto: 128, fewer where that is under 20 steps", "-b", choices=AUTO, low=1, high=10**6
     )
     model: str = option(
-        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)", kind=str
+        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)"
     )
     pretrained: str = option(
-        "",
-        "start from weights of the same network: torchvision's own, or FILE (.pth state dict, .safetensors)",
-        alone="torchvision",
+        "", "start from weights: torchvision's own, or FILE (.pth state dict, .safetensors)", alone="torchvision"
     )
     freeze_epochs: int = option(
-        None, "epochs in which a pretrained body stays and its new head learns (1 with --pretrained)", kind=int, low=0
+        None, "epochs in which a pretrained body stays and its new head learns (1 with --pretrained)", low=0
     )
-    size: object = option(
-        "auto",
-        "image side in pixels; auto: 32 for cifar10 and digits, else 128",
-        choices=("auto",),
-        kind=int,
-        low=16,
-        high=1024,
+    size: int = option(
+        "auto", "image side in pixels; auto: 32 for cifar10 and digits, else 128", choices=AUTO, low=16, high=1024
     )
     valid_pct: float = option(
         0.1, "share of the training images held out to choose with; 0: test chooses", low=0, high=0.9
     )
-    lr: object = option(
-        "find", "learning rate: a number, or find (range test)", choices=("find",), kind=float, low=1e-12
-    )
+    lr: float = option("find", "learning rate: a number, or find (range test)", choices=("find",), low=1e-12)
     lr_suggest: str = option("steep", "which suggestion of the range test is used", choices=SUGGESTIONS)
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
-    lr_scale: str = option("exponential", "how the rates of the range test rise", choices=LR_SCALES)
-    lr_high: float = option(None, "last rate of the range test (exponential 10, linear 0.2)", kind=float, low=1e-4)
+    lr_scale: str = option("exponential", "how the rates of the range test rise", choices=("exponential", "linear"))
+    lr_high: float = option(None, "last rate of the range test (exponential 10, linear 0.2)", low=1e-4)
     lr_find_on: str = option("train", "whose loss the range test looks at", choices=("train", "valid"))
     optimizer: str = option("sgd", "sgd (with momentum), nesterov, rmsprop, adagrad, adam", choices=OPTIMIZERS)
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
-    label_smoothing: float = option(
-        None, "label smoothing of the training loss (0; cifar10 0.1)", kind=float, low=0, high=0.99
-    )
+    label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "training loss weighted by class: images / (classes x images of the class)")
     monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
     patience_epochs: int = option(3, "epochs without improvement that plateau forgives", low=0)
@@ -146,22 +125,14 @@ class Config:
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs over which the rate first rises from a quarter of the schedule's", low=0)
     pct_start: float = option(
-        None,
-        "share of the epochs before one_cycle's top (0.25), or before flat_cos falls (0.75)",
-        kind=float,
-        low=0.01,
-        high=0.99,
+        None, "share of the epochs before one_cycle's top (0.25), or before flat_cos falls (0.75)", low=0.01, high=0.99
     )
     div: float = option(25.0, "one_cycle starts at lr / div", low=1)
     div_final: float = option(1e5, "one_cycle and flat_cos end at lr / div_final", low=1)
     max_momentum: float = option(0.95, "one_cycle's momentum at both ends", low=0, high=0.9999)
     min_momentum: float = option(0.85, "one_cycle's momentum at the top of the rate", low=0, high=0.9999)
     cycle_length: float = option(
-        None,
-        "first cycle of triangular (0.2) and warm_restarts (1/7), as a share of the epochs",
-        kind=float,
-        low=1e-3,
-        high=1,
+        None, "first cycle of triangular (0.2) and warm_restarts (1/7), as a share of the epochs", low=1e-3, high=1
     )
     cycle_mult: float = option(2.0, "each cycle of warm_restarts is so many times the one before", low=1)
     cycle_div: float = option(4.0, "triangular rates begin at lr / cycle_div", low=1)
@@ -174,19 +145,13 @@ class Config:
     perturb_on_plateau: bool = option(False, "gradient noise only in the epoch behind each plateau of --monitor")
     cutout: int = option(8, "side of the cutout square, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
-    flip: bool = option(None, "flip horizontally at random (on; digits off)", kind=bool)
+    flip: bool = option(None, "flip horizontally at random (on; digits off)")
     precision: str = option(
-        "auto",
-        "number format of training; auto: bf16 where the chip has it",
-        choices=("auto", "float32", "bf16", "fp16"),
+        "auto", "number format of training; auto: bf16 if the chip has it", choices=("auto", "float32", "bf16", "fp16")
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: object = option(
-        "auto", "loader processes; auto: 0 on a CPU", "-j", choices=("auto",), kind=int, low=0, high=256
-    )
-    threads: object = option(
-        "auto", "CPU threads of torch; auto: one a core", choices=("auto",), kind=int, low=1, high=1024
-    )
+    workers: int = option("auto", "loader processes; auto: 0 on a CPU", "-j", choices=AUTO, low=0, high=256)
+    threads: int = option("auto", "CPU threads of torch; auto: one a core", choices=AUTO, low=1, high=1024)
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
     checkpoint_seconds: int = option(
@@ -213,9 +178,7 @@ class Config:
         own["lr_high"] = 0.2 if self.lr_scale == "linear" else 10.0
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value is None and f.name in own:
-                value = own[f.name]
-            object.__setattr__(self, f.name, check(f, value))
+            object.__setattr__(self, f.name, check(f, own.get(f.name) if value is None else value))
         if self.perturb_on_plateau and not self.grad_noise:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:
@@ -256,14 +219,12 @@ def check(f, value):
 def check_one(f, value):
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    m = f.metadata
-    kind, choices, low, high = m["kind"], m["choices"], m["low"], m["high"]
+    m, kind = f.metadata, int if f.name == "seeds" else f.type
+    choices, low, high = m["choices"], m["low"], m["high"]
     numeric = kind in (int, float)
     what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    if low is not None or high is not None:
-        what += {(True, True): f" from {low} to {high}", (True, False): f" of at least {low}"}[
-            low is not None, high is not None
-        ]
+    if low is not None:
+        what += f" of at least {low}" if high is None else f" from {low} to {high}"
     if choices:
         what = " or ".join(filter(None, [what if numeric else "", ", ".join(choices)]))
     bad = BadInput(f"{flag_of(f.name)}: must be {what}, not {brief(value)}" + guess(value, choices))
@@ -307,17 +268,20 @@ def guess(word, words):
 
 
 def command(function):
-    """`main(argv)` of a module: exit status 0, or 2 and one line on stderr where `function` raises BadInput."""
+    """`main(argv)` of a module: exit status 0; 2 and one line on stderr where `function` raises BadInput; or 130."""
 
     def main(argv=None):
         try:
             function(argv)
-            return 0
         except BadInput as e:
             print(f"error: {e}", file=sys.stderr)
             return 2
+        except BrokenPipeError:  # whoever reads the output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:
+            return 130
+        return 0
 
-    main.__doc__ = function.__doc__
     return main
 
 
@@ -336,30 +300,20 @@ def parser():
     )
     for f in dataclasses.fields(Config):
         m, default = f.metadata, f.default
-        shown = (
-            ""
-            if default is None or default == ""
-            else f" ({' '.join(map(str, default)) if f.name == 'seeds' else default})"
-        )
-        if m["kind"] is bool:
+        shown = "" if default in (None, "") else f" ({' '.join(map(str, default)) if f.name == 'seeds' else default})"
+        if f.type is bool:
             action = argparse.BooleanOptionalAction if default is not False else "store_true"
-            p.add_argument(flag_of(f.name), *m["flags"], dest=f.name, action=action, help=m["help"])
+            p.add_argument(flag_of(f.name), *m["flags"], action=action, help=m["help"])
         else:
-            metavar = "|".join(m["choices"]) if m["choices"] and m["kind"] is str else None
-            p.add_argument(
-                flag_of(f.name),
-                *m["flags"],
-                dest=f.name,
-                help=(m["help"] + shown).replace("%", "%%"),
-                metavar=metavar,
-                nargs="+" if f.name in ("seeds", *AXES) else "?" if m["alone"] else None,
-                const=m["alone"],
-            )
+            metavar = "|".join(m["choices"]) if m["choices"] and f.type is str else None
+            nargs = "+" if f.name in ("seeds", *AXES) else "?" if m["alone"] else None
+            text = (m["help"] + shown).replace("%", "%%")
+            p.add_argument(flag_of(f.name), *m["flags"], help=text, metavar=metavar, nargs=nargs, const=m["alone"])
     p.add_argument(
-        "-c", "--config", metavar="FILE", help="settings from a YAML file, such as a run's args.yaml; flags win over it"
+        "-c", "--config", metavar="FILE", help="settings from a YAML file, as args.yaml is; flags win over it"
     )
     p.add_argument(
-        "--smoke", action="store_true", help="the whole line in seconds: digits, 2 epochs, unless flags say otherwise"
+        "--smoke", action="store_true", help="the whole line in seconds: digits, 2 epochs; flags win over it"
     )
     return p
 

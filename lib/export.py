@@ -41,17 +41,9 @@ def onnx(predict):
             return self.model((x - self.mean) / self.std).softmax(1)
 
     model = FromPixels().eval()
-    shape = (predict.size, predict.size, 3)
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, *shape), np.uint8))
-    program = torch.onnx.export(
-        model,
-        (images[:2],),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-    )
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, predict.size, predict.size, 3), np.uint8))
+    named = dict(input_names=["images"], output_names=["probabilities"], dynamic_shapes=({0: torch.export.Dim("n")},))
+    program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, **named)
     program.model.metadata_props.update({k: json.dumps(predict.card[k]) for k in ("classes", "resize")})
     content = program.model_proto.SerializeToString()
     try:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib.config import BadInput, brief, guess, one_line, read_json
+
 
 class ConvPoolNorm(nn.Sequential):
     """3 x 3 convolution, 2 x 2 max pooling where asked for, BatchNorm, SiLU.
@@ -60,10 +62,8 @@ class SmallResNet(nn.Module):
     ):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 2), nn.SiLU())
-        self.stages = nn.ModuleList(
-            nn.Sequential(ConvPoolNorm(c_in, c_out, pool=True), Residual(c_out, depth))
-            for c_in, c_out in zip([stem, *widths], widths)
-        )
+        stage = lambda c_in, c_out: nn.Sequential(ConvPoolNorm(c_in, c_out, pool=True), Residual(c_out, depth))
+        self.stages = nn.Sequential(*map(stage, [stem, *widths], widths))
         self.head = nn.Linear(widths[-1], n_classes)
 
     @torch.no_grad()
@@ -86,12 +86,9 @@ class SmallResNet(nn.Module):
         conv.bias.zero_()
 
     def forward(self, x):
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return (
-            self.head(x.amax((2, 3))) * 0.125
-        )  # as Page's ResNet-9: the loss starts near ln(n_classes), the head learns as the rest
+        x = self.stages(self.stem(x))
+        # as Page's ResNet-9: the loss starts near ln(n_classes), the head learns as the rest
+        return self.head(x.amax((2, 3))) * 0.125
 
     @property
     def cam_layer(self):
@@ -100,7 +97,7 @@ class SmallResNet(nn.Module):
 
 
 MOST = 65536  # of each number in a model.json
-# name -> constructor(n_classes, **args), args; multiply-adds are those of a 32 x 32 image
+# name -> constructor(n_classes, **args), args
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
     "medium": (SmallResNet, dict(stem=24, widths=(32, 96, 256))),
@@ -113,8 +110,6 @@ AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads fo
 
 def check(name, pretrained=""):
     """Raises BadInput where `name` is neither in `MODELS` nor a classifier of torchvision, or `pretrained` no file."""
-    from lib.config import BadInput, guess
-
     if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
         raise BadInput(f"--pretrained {pretrained}: not found; pass a file of weights, or nothing for torchvision's")
     if name in MODELS:
@@ -160,8 +155,6 @@ def load_body(model, name, pretrained):
 
     Raises BadInput where they cannot be had, or are of another network. No code of a file is run.
     """
-    from lib.config import BadInput, one_line
-
     if pretrained == "torchvision":
         from torchvision.models import get_model_weights
 
@@ -207,8 +200,6 @@ def pretrained_stats(config):
     """
     import numpy as np
 
-    from lib.config import BadInput
-
     card = Path(config.pretrained).expanduser().with_name("model.json")
     if config.pretrained != "torchvision" and card.exists():
         found = read_card(card)
@@ -229,8 +220,6 @@ def cam_layer(model, size):
     It is `model.cam_layer`, or, without one that fits, the last to finish whose output (n, channels, h, w) is such a
     map. Raises BadInput where the network does not take such images, or has no such layer.
     """
-    from lib.config import BadInput, one_line
-
     own, fitting = getattr(model, "cam_layer", None), []
 
     def look(module, inputs, output):
@@ -260,7 +249,6 @@ def check_batches(model, config, n, size, ranks=1):
 
     BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image.
     """
-    from lib.config import BadInput
     from lib.schedules import batch_sizes
 
     lone = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
@@ -298,8 +286,6 @@ def card(name, dls, resize_rule):
 
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
-    from lib.config import BadInput, one_line, read_json
-
     try:
         card = read_json(path)
         classes, size, numbers = card["classes"], card["size"], [*card["mean"], *card["std"]]
@@ -319,8 +305,6 @@ def rebuild(card):
 
     Raises BadInput for anything but a network of this module or a classifier of torchvision, of a possible size.
     """
-    from lib.config import BadInput, brief, one_line
-
     try:
         name, args = card["architecture"], card["args"]
         numbers = [n for v in args.values() for n in (v if isinstance(v, list) else [v])]
@@ -339,7 +323,6 @@ def rebuild(card):
 
 def pick_device(config):
     """`--device` as a torch.device. Raises BadInput where there is no such device."""
-    from lib.config import BadInput
     from lib.runs import launched
 
     if config.device == "auto":

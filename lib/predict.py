@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lib.config import BadInput, Parser, one_line, printable
+from lib.config import BadInput, Parser, command, one_line, printable
 from lib.store import EXTENSIONS, batch_size, centre, decode, fit, upright_rgb
 
 TASK = 16  # images that a thread decodes at a time
@@ -145,44 +145,34 @@ def explain(predict, folder, first, files, pixels, x, p):
         runs.write_figure(folder / f"{row:05}-{name}.png", plots.explanation(image, cam, title))
 
 
-def main(argv=None):
-    """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 130 interrupted."""
+@command
+def main(argv):
     p = Parser(prog="python -m lib.predict", description="Predict the class of images: CSV with a row an image.")
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
     p.add_argument("images", nargs="+", help="image files, and folders of them (with what is in their folders)")
     p.add_argument("--explain", metavar="DIR", help="also write a GradCAM picture an image: DIR/<row>-<name>.png")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
-    try:
-        args = p.parse_args(argv)
-        predict, files, row = load(args.run, args.device), find(args.images), 1
-        folder = args.explain and Path(args.explain).expanduser()
+    args = p.parse_args(argv)
+    predict, files, row = load(args.run, args.device), find(args.images), 1
+    folder = args.explain and Path(args.explain).expanduser()
+    if folder:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"--explain {folder}: cannot be made ({e.strerror})") from None
+    shown = printable if sys.stdout.isatty() else str
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["file", "prediction", "probability"])
+    for pixels, x, found in predict.batches(files):
+        these = files[row - 1 : row - 1 + len(found)]
+        for file, of in zip(these, found):
+            table.writerow([shown(file), shown(predict.classes[of.argmax()]), f"{of.max():.6f}"])
+        sys.stdout.flush()
         if folder:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise BadInput(f"--explain {folder}: cannot be made ({e.strerror})") from None
-        shown = printable if sys.stdout.isatty() else str
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
-        table = csv.writer(sys.stdout, lineterminator="\n")
-        table.writerow(["file", "prediction", "probability"])
-        for pixels, x, found in predict.batches(files):
-            these = files[row - 1 : row - 1 + len(found)]
-            for file, of in zip(these, found):
-                table.writerow([shown(file), shown(predict.classes[of.argmax()]), f"{of.max():.6f}"])
-            sys.stdout.flush()
-            if folder:
-                explain(predict, folder, row, these, pixels, x, found)
-            row += len(found)
-        return 0
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read the table has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
+            explain(predict, folder, row, these, pixels, x, found)
+        row += len(found)
 
 
 if __name__ == "__main__":

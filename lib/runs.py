@@ -194,16 +194,11 @@ def logger(kind, folder):
     return log
 
 
-def name_of(config):
-    """The default name of a run: data, what varies, seed."""
-    optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
-    return f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}"
-
-
 def start(config, **facts):
     """A new run folder under `config.out` (-2, -3 … behind a name that is taken), made with args.yaml and env.json."""
-    name, out = config.name or name_of(config), Path(config.out).expanduser()
-    env = {**environment(), **facts}
+    optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
+    name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}"
+    out, env = Path(config.out).expanduser(), {**environment(), **facts}
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:

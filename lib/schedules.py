@@ -32,11 +32,8 @@ class Plateau:
 
     def better(self, value):
         """Whether `value` beats the best so far by more than the threshold."""
-        sign = -1 if self.mode == "min" else 1
-        if self.threshold_mode == "rel":
-            edge = self.best * (1 + sign * self.threshold)
-        else:
-            edge = self.best + sign * self.threshold
+        change = self.threshold if self.mode == "max" else -self.threshold
+        edge = self.best * (1 + change) if self.threshold_mode == "rel" else self.best + change
         return value < edge if self.mode == "min" else value > edge
 
     def step(self, value):
