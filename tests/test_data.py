@@ -260,7 +260,7 @@ def test_normalizing_in_place_gives_fastais_numbers():
     assert (found == expected).all() and (ours.decodes(found) == theirs.decodes(expected)).all()
 
 
-@pytest.mark.parametrize("n, size", [(1, 8), (304, 8), (305, 16), (1_294, 64), (2_432, 64), (2_433, 128)])
+@pytest.mark.parametrize("n, size", [(1, 16), (608, 16), (609, 32), (1_294, 64), (2_432, 64), (2_433, 128)])
 def test_auto_makes_20_steps_an_epoch_where_it_can(parse, n, size):
     assert data.images_a_step(parse(), n) == size and data.images_a_step(parse("-b", 100), n) == 100
 
@@ -270,5 +270,6 @@ def test_a_run_keeps_what_was_asked_and_what_auto_became(tmp_path, bands):
     argv[argv.index("-b") + 1] = "auto"
     assert main(list(map(str, argv))) == 0 and main(["--resume", str(tmp_path / "x"), "--epochs", "2"]) == 0
     assert yaml.safe_load((tmp_path / "x/args.yaml").read_text())["batch_size"] == "auto"
-    assert json.loads((tmp_path / "x/env.json").read_text())["batch_size"] == 8
-    assert [line.split(",")[4] for line in (tmp_path / "x/results.csv").read_text().split()] == ["batch_size", "8", "8"]
+    assert json.loads((tmp_path / "x/env.json").read_text())["batch_size"] == 16
+    rows = (tmp_path / "x/results.csv").read_text().split()
+    assert [row.split(",")[4] for row in rows] == ["batch_size", "16", "16"]
