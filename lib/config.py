@@ -32,8 +32,11 @@ MOST_TEXT = 10**6  # characters of a file of settings
 MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
-COMMON = {"epochs": 50, "model": "medium", "flip": True, "label_smoothing": 0, "pct_start": 0.25, "cycle_length": 0.2}
-SOURCES = {"cifar10": {"label_smoothing": 0.1}, "digits": {"epochs": 20, "model": "small", "flip": False}}
+COMMON = dict(epochs=50, model="medium", flip=True, label_smoothing=0, cutout=8, pct_start=0.25, cycle_length=0.2)
+SOURCES = {
+    "cifar10": {"label_smoothing": 0.1, "cutout": 16},  # cutout: the paper's for CIFAR-10
+    "digits": {"epochs": 20, "model": "small", "flip": False},
+}
 # So does a schedule.
 BY_SCHEDULE = {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}
 
@@ -143,7 +146,7 @@ class Config:
     balanced_batches: bool = option(False, "each batch in the classes' proportions, as closely as can be")
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
     perturb_on_plateau: bool = option(False, "gradient noise only in the epoch behind each plateau of --monitor")
-    cutout: int = option(8, "side of the cutout square, in pixels of a 32-pixel side; 0: none", low=0, high=64)
+    cutout: int = option(None, "cutout's side, in pixels of a 32-pixel side; 0: none (8; cifar10 16)", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally at random (on; digits off)")
     precision: str = option(
