@@ -51,6 +51,7 @@ def train(config):
     device = models.pick_device(config)
     precision = learner.pick_precision(config, device)
     threads = learner.set_threads(config)
+    learner.keep_memory()
     with ranks.joined(device) as leads:  # the first process reads first, and is the one that writes and prints
         with ranks.first_alone():
             dls = data.get_dls(config, device)

@@ -1,7 +1,9 @@
 """SGDLearner: fastai's Learner with torch's optimizers, a true record, and evaluation that disturbs nothing."""
 
 import copy
+import ctypes
 import os
+import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -314,6 +316,14 @@ def set_threads(config):
     elif runs.launched():  # torchrun would have one thread each
         torch.set_num_threads(max(1, os.cpu_count() // runs.on_this_machine()))
     return torch.get_num_threads()
+
+
+def keep_memory():
+    """Has the C library (glibc) keep what freed tensors held; else the system clears the same pages in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def seed_everything(seed):

@@ -103,6 +103,7 @@ def test_no_whole_checkpoint_is_one_line(damage, whole, bands, tmp_path, capsys)
         (["--seeds", "1"], "--seeds"),
         (["--epochs", "1"], "--epochs"),
         (["--data", "digits"], "--data digits: its images are not those"),
+        (["--lr-find-only"], "--lr-find-only"),
     ],
 )
 def test_what_would_change_the_result_is_refused(more, words, whole, cache, capsys):

@@ -163,6 +163,17 @@ def test_bad_input_of_one_variant_does_not_stop_the_others(tmp_path, capsys):
     assert "error: plateau-s0: no fall" in capsys.readouterr().err
 
 
+def test_range_tests_alone_are_made_once_and_then_trained_from(bands, tmp_path, capsys):
+    few = argv(bands, tmp_path, "--seeds", "0", "--epochs", "1", "--lr", "find", "--lr-iters", "40")
+    assert main([*few, "--lr-find-only"]) == 0 and not list(tmp_path.rglob("results.csv"))
+    found = {p: p.read_bytes() for p in tmp_path.rglob("lr_find.csv")}
+    capsys.readouterr()
+    assert main([*few, "--lr-find-only"]) == 0
+    assert capsys.readouterr().out.count("is there") == len(found) == 2
+    assert main(few) == 0 and len(rows_of(tmp_path / "both/comparison.csv")) == 2
+    assert {p: p.read_bytes() for p in found} == found
+
+
 def fake(seed=0, **args):
     known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed]}
     return {"args": known, "folder": f"{args}-{seed}"}

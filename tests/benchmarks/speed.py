@@ -201,6 +201,7 @@ def main():
         device = models.pick_device(settings)
         precision = learner.pick_precision(settings, device)
         torch.manual_seed(0)
+        learner.keep_memory()  # of the whole process: stock fastai and the ceiling have it too
         ours = Ours(settings, device, precision, folder)
         ways = {
             "stock": Stock(root, settings, device).round,
