@@ -98,8 +98,8 @@ def lr_find(
         label = f"{name}: {lr:.3g}" + ("  (used)" if name == used else "")
         ax.plot(lr, y, marker, color=colour, ms=12 if name == used else 9, mec="black", label=label, zorder=3)
     ax.axvline(suggestions[used], color=GREY, ls="--", lw=1)
-    low, high = np.nanmin(smooth_losses), max(smooth_losses[: max(len(lrs) // 2, 1)])
-    ax.set(xlabel="learning rate", ylabel=what, ylim=(low - 0.2 * (high - low), high + 0.6 * (high - low)))
+    low, high = np.nanmin([losses, smooth_losses]), max(smooth_losses[: max(len(lrs) // 2, 1)])
+    ax.set(xlabel="learning rate", ylabel=what, ylim=(low - 0.1 * (high - low), high + 0.6 * (high - low)))
     ax.set_title(title, parse_math=False)
     plain(ax).legend()
     return figure

@@ -163,7 +163,7 @@ def test_bad_input_of_one_variant_does_not_stop_the_others(tmp_path, capsys):
     assert "error: plateau-s0: no fall" in capsys.readouterr().err
 
 
-def test_range_tests_alone_are_made_once_and_then_trained_from(bands, tmp_path, capsys):
+def test_range_tests_alone_are_left_as_they_are_and_training_finds_the_same(bands, tmp_path, capsys):
     few = argv(bands, tmp_path, "--seeds", "0", "--epochs", "1", "--lr", "find", "--lr-iters", "40")
     assert main([*few, "--lr-find-only"]) == 0 and not list(tmp_path.rglob("results.csv"))
     found = {p: p.read_bytes() for p in tmp_path.rglob("lr_find.csv")}

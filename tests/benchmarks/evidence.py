@@ -1,6 +1,6 @@
 """The runs behind docs/lecture.md: every schedule, optimizer and switch, small network, a fifth of CIFAR-10, 3 seeds.
 
-uv run python -m tests.benchmarks.evidence --data FOLDER [--epochs 10] [--jobs 2] [--runs runs/lecture]
+uv run python -m tests.benchmarks.evidence --data FOLDER [--groups schedules …] [--epochs 10] [--jobs 2]
 
 FOLDER is CIFAR-10 as class folders in train/ and test/. Its first 1,000 training and 200 test images of each class are
 copied into a folder of their own. A variant is a comparison of seeds by train_fastai.py, one thread each, `--jobs` of
@@ -42,6 +42,7 @@ FIGURES = {
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, type=Path)
+    p.add_argument("--groups", nargs="+", default=list(FIGURES), choices=FIGURES, help="tables to make")
     p.add_argument("--epochs", default=10, type=int)
     p.add_argument("--jobs", default=2, type=int)
     p.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
@@ -58,8 +59,9 @@ def main():
         print(f"{name}: exit status {status}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, VARIANTS))
-    for figure, names in FIGURES.items():
+        list(pool.map(run, [name for name in VARIANTS if any(name in FIGURES[group] for group in args.groups)]))
+    for figure in args.groups:
+        names = FIGURES[figure]
         folders = [folder for name in names for folder in sorted((args.runs / name).glob("*-s*"))]
         finished = [folder for folder in folders if (folder / "summary.json").exists()]
         if len(finished) < len(names) * len(args.seeds):
