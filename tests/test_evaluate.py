@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 
 import matplotlib.figure
 import numpy as np
@@ -129,13 +130,12 @@ def test_figures_say_what_they_show():
     assert "test chose" in plots.results(rows_of(4), "a run", 0.88, 3, "test").axes[0].get_title()
 
     found = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
-    labels = [
-        t.get_text()
-        for t in plots.lr_find(np.geomspace(1e-5, 10, 50), np.linspace(2, 1, 50), np.linspace(2, 1, 50), found, "steep")
-        .axes[0]
-        .get_legend()
-        .get_texts()
-    ]
+    losses = np.linspace(2, 1, 50)
+    raw = losses.copy()
+    raw[-20], raw[-1] = 0.2, math.inf
+    ax = plots.lr_find(np.geomspace(1e-5, 10, 50), raw, losses, found, "steep").axes[0]
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert ax.get_ylim()[0] < 0.2  # no dip of the raw curve is cut off; what explodes is
     assert [label for label in labels if "used" in label] == ["steep: 0.1  (used)"] and len(labels) == 6
 
 
