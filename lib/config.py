@@ -34,7 +34,7 @@ ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend 
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = dict(epochs=50, model="medium", flip=True, label_smoothing=0, cutout=8, pct_start=0.25, cycle_length=0.2)
 SOURCES = {
-    "cifar10": {"label_smoothing": 0.1, "cutout": 16},  # cutout: the paper's for CIFAR-10
+    "cifar10": {"model": "large", "label_smoothing": 0.1, "cutout": 16},  # cutout: the paper's for CIFAR-10
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 # So does a schedule.
@@ -94,7 +94,7 @@ class Config:
         "auto", "images a step; auto: 128, fewer where that is under 20 steps", "-b", choices=AUTO, low=1, high=10**6
     )
     model: str = option(
-        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)"
+        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; cifar10 large, digits small)"
     )
     pretrained: str = option(
         "", "start from weights: torchvision's own, or FILE (.pth state dict, .safetensors)", alone="torchvision"
@@ -120,8 +120,8 @@ class Config:
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "training loss weighted by class: images / (classes x images of the class)")
     monitor: str = option("valid_loss", "what plateau watches", choices=MONITORS)
-    patience_epochs: int = option(3, "epochs without improvement that plateau forgives", low=0)
-    factor: float = option(0.5, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
+    patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
+    factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
     threshold: float = option(1e-4, "change that counts as an improvement", low=0)
     threshold_mode: str = option("rel", "whether the threshold is relative or absolute", choices=("rel", "abs"))
@@ -182,6 +182,8 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             object.__setattr__(self, f.name, check(f, own.get(f.name) if value is None else value))
+            if f.name == "epochs":
+                own["patience_epochs"] = max(self.epochs // 10, 1)
         if self.perturb_on_plateau and not self.grad_noise:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:

@@ -101,7 +101,7 @@ MOST = 65536  # of each number in a model.json
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
     "medium": (SmallResNet, dict(stem=24, widths=(32, 96, 256))),
-    "large": (SmallResNet, dict(stem=24, widths=(64, 128, 256))),
+    "large": (SmallResNet, dict(stem=24, widths=(64, 256, 256))),
 }
 
 

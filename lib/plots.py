@@ -202,7 +202,7 @@ def short(name, most=16):
 def comparison(
     curves,  # {variant: [(epoch, seconds, test accuracy), …] of all its seeds}
     title,  # first line of the figure
-    target=None,  # accuracy drawn as a line
+    target=None,  # accuracy drawn as a line, where a curve comes to it
 ):
     """Test accuracy of each variant against epochs and against seconds: mean over seeds, band of ± 1 deviation."""
     figure, ((left, right),) = axes(13, 5.5, 1, 2, sharey=True)
@@ -219,8 +219,9 @@ def comparison(
             ax.plot(x, mean, line, color=colour, label=f"{name} (n = {n})", marker="." if len(marks) < 15 else None)
             if n > 1:
                 ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
+    within = target and target <= left.get_ylim()[1]
     for ax, what in ((left, "epoch"), (right, "seconds of training, evaluation included")):
-        if target:
+        if within:
             ax.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
         ax.set(xlabel=what)
         plain(ax)

@@ -61,6 +61,13 @@ def test_bad_setting_is_one_line_and_status_2(argv, words, capsys, cache, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("epochs, patience", [(1, 1), (19, 1), (20, 2), (50, 5), (200, 20)])
+def test_patience_is_a_tenth_of_the_epochs(epochs, patience):
+    assert config.Config(epochs=epochs).patience_epochs == patience
+    assert config.Config(epochs=epochs, patience_epochs=0).patience_epochs == 0
+    assert config.Config(**config.Config(epochs=epochs).to_dict() | {"epochs": 300}).patience_epochs == patience  # as --resume has it
+
+
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "args.yaml"
     file.write_text("data: digits\nepochs: 7\nmomentum: 0.5\n")

@@ -139,6 +139,13 @@ def test_figures_say_what_they_show():
     assert [label for label in labels if "used" in label] == ["steep: 0.1  (used)"] and len(labels) == 6
 
 
+@pytest.mark.parametrize("best", [0.6, 0.9])
+def test_a_target_far_above_all_curves_does_not_squeeze_them(best):
+    left, right = plots.comparison({"a": [(1, 9, 0.5), (2, 18, best)]}, "two epochs", 0.88).axes
+    assert [line.get_ydata()[0] == 0.88 for ax in (left, right) for line in ax.lines[1:]] == [True, True] * (best > 0.8)
+    assert left.get_ylim()[1] < best + 0.1
+
+
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 25])
 def test_a_gallery_of_any_size_and_strange_names(n):
     row = dict(rank=1, prediction="$x^2$ <b>é\n" * 5, truth="猫", p_prediction=1.0, p_truth=1e-9)

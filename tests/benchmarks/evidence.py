@@ -18,7 +18,8 @@ from lib.config import OPTIMIZERS, SCHEDULES
 from tests.benchmarks.common import subset
 
 ROOT = Path(__file__).parent.parent.parent
-COMMON = "--size 32 --model small --patience-epochs 1 --lr-iters 70 --gallery 0 --threads 1 --no-progress".split()
+COMMON = """--size 32 --model small --patience-epochs 1 --lr-iters 70 --gallery 0 --target 0.6 --threads 1
+    --no-progress""".split()
 VARIANTS = {
     "plateau": [],
     **{name: ["--optimizer", name] for name in OPTIMIZERS if name != "sgd"},

@@ -20,23 +20,28 @@ from torch import nn
 from lib import config, data, learner, models
 from tests.benchmarks.common import machine, save
 
+WIDE = dict(stem=24, widths=(64, 128, 256))
 CANDIDATES = {
     **{name: args for name, (_, args) in models.MODELS.items()},
-    "24;32,64,128": dict(stem=24, widths=(32, 64, 128)),
-    "24;32,64,128 not whitening": dict(stem=24, widths=(32, 64, 128), whiten=False),
-    "24;40,96,256": dict(stem=24, widths=(40, 96, 256)),
-    "24;48,96,192": dict(stem=24, widths=(48, 96, 192)),
-    "24;32,80,160 x2": dict(stem=24, widths=(32, 80, 160), depth=2),
+    "64,128,256": WIDE,
+    "64,128,256 not whitening": {**WIDE, "whiten": False},
+    "64,128,256 without squeeze-excite": {**WIDE, "squeeze": False},
+    "64,128,256 x2": {**WIDE, "depth": 2},
+    "96,192,384": dict(stem=24, widths=(96, 192, 384)),
 }
 
 
 def network(args, dls):
     """A fresh network of `args` for the data."""
     args = dict(args)
-    whiten = args.pop("whiten", True)
+    whiten, squeeze = args.pop("whiten", True), args.pop("squeeze", True)
     model = models.SmallResNet(len(dls.vocab), **args)
     if whiten:
         model.whiten(dls.train.plain()[0])
+    if not squeeze:
+        for block in model.modules():
+            if isinstance(block, models.Residual):
+                del block.body[-1]
     return model.to(memory_format=torch.channels_last)
 
 
