@@ -93,6 +93,14 @@ def load(folder):
     return {"folder": folder, "args": args, "env": env, "rows": rows, "summary": summary}
 
 
+def worded(name, value):
+    """A setting as part of a variant's name: 'balanced batches', 'no flip', 'warmup epochs 2'."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
+
+
 def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and which those are."""
     names = [n for n in runs[0]["args"] if n not in ASIDE and len({repr(r["args"].get(n)) for r in runs}) > 1]
@@ -100,9 +108,9 @@ def by_variant(runs):
     for shown in ([n for n in names if n in AXES], names):  # what follows from an axis is left out of the name
         found = {}
         for r in runs:
-            words = [str(r["args"][n]) for n in shown if n in AXES]
-            words += [f"{n} {r['args'][n]}" for n in shown if n not in AXES and r["args"][n] != first[n]]
-            found.setdefault("-".join(words) or r["args"]["schedule"], []).append(r)
+            axes = "-".join(str(r["args"][n]) for n in shown if n in AXES)
+            words = [worded(n, r["args"][n]) for n in shown if n not in AXES and r["args"][n] != first[n]]
+            found.setdefault(", ".join(filter(None, [axes, *words])) or r["args"]["schedule"], []).append(r)
         if all(len({repr(r["args"][n]) for r in group}) == 1 for group in found.values() for n in names):
             break
     for group in found.values():

@@ -227,7 +227,7 @@ def comparison(
         plain(ax)
     left.set(ylabel="test accuracy")
     left.xaxis.get_major_locator().set_params(integer=True)
-    for text in left.legend(loc="lower right", fontsize="small" if len(curves) > 5 else "medium").get_texts():
+    for text in left.legend(loc="best", fontsize="small" if len(curves) > 5 else "medium").get_texts():
         text.set_parse_math(False)
     figure.suptitle(f"{title}: mean over seeds, band of ± 1 standard deviation", parse_math=False)
     return figure

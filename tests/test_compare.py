@@ -183,9 +183,13 @@ def test_variants_are_named_by_what_varies_and_never_mixed():
     runs = [fake(s, schedule=name) for name in ("plateau", "one_cycle") for s in (0, 1)]
     assert {k: len(v) for k, v in compare.by_variant(runs)[0].items()} == {"plateau": 2, "one_cycle": 2}
     runs.append(fake(0, label_smoothing=0.1))
-    assert list(compare.by_variant(runs)[0]) == ["plateau", "one_cycle", "plateau-label_smoothing 0.1"]
+    assert list(compare.by_variant(runs)[0]) == ["plateau", "one_cycle", "plateau, label smoothing 0.1"]
     with pytest.raises(BadInput, match="more than once"):
         compare.by_variant([*runs, fake(0, label_smoothing=0.1)])
+    switches = dict(flip=True, balanced_batches=False, warmup_epochs=0.0, accumulate=1)
+    changed = [{}, {"flip": False}, {"balanced_batches": True, "accumulate": 4}, {"warmup_epochs": 2.0}]
+    names = list(compare.by_variant([fake(0, **switches | new) for new in changed])[0])
+    assert names == ["plateau", "no flip", "balanced batches, accumulate 4", "warmup epochs 2"]
 
 
 @pytest.mark.parametrize(
