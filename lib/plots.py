@@ -205,7 +205,7 @@ def comparison(
     target=None,  # accuracy drawn as a line, where a curve comes to it
 ):
     """Test accuracy of each variant against epochs and against seconds: mean over seeds, band of ± 1 deviation."""
-    figure, ((left, right),) = axes(13, 5.5, 1, 2, sharey=True)
+    figure, ((left, right),) = axes(13, 6, 1, 2, sharey=True)
     colours = [BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000", GREY]
     for i, (name, points) in enumerate(curves.items()):
         epochs, seconds, acc = np.array(points, float).T
@@ -227,7 +227,9 @@ def comparison(
         plain(ax)
     left.set(ylabel="test accuracy")
     left.xaxis.get_major_locator().set_params(integer=True)
-    for text in left.legend(loc="best", fontsize="small" if len(curves) > 5 else "medium").get_texts():
+    handles, labels = left.get_legend_handles_labels()
+    columns = min(len(labels), 5 if max(map(len, labels)) < 30 else 3)
+    for text in figure.legend(handles, labels, loc="outside lower center", ncols=columns).get_texts():
         text.set_parse_math(False)
     figure.suptitle(f"{title}: mean over seeds, band of ± 1 standard deviation", parse_math=False)
     return figure
