@@ -15,8 +15,9 @@ from tests.conftest import on_ranks
 from tests.test_checkpoint import equal
 from train_fastai import main
 
+# a rate that leaves mistakes to explain
 ARGS = """--size 32 --model small --epochs 3 -b 16 --lr-iters 20 --patience-epochs 0 --threshold 0.5 --gallery 2
---threads 1 --momentum 0.8 --grad-noise 0.001 --warmup-epochs 1.5""".split()
+--threads 1 --momentum 0.8 --grad-noise 0.001 --warmup-epochs 1.5 --lr-suggest minimum""".split()
 # where a SIGKILL comes: what is called for the how-manieth time
 RANGE_TEST = [("range", n) for n in (1, 12)] + [("lr_find.csv", 1), ("lr_find.png", 1)]
 BATCHES = [("batch", n) for n in (1, 2, 4, 6, 7, 10, 12, 13, 18)]
@@ -119,6 +120,7 @@ def test_a_killed_run_goes_on_and_ends_equal_to_the_bit(at, n, whole, bands, tmp
 def test_a_signal_saves_and_names_the_command_that_goes_on(at, n, number, whole, bands, tmp_path):
     def job(rank):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the script does
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python does, but behind a shell's &
         hooked(lambda what, count: (what, count) == (at, n) and os.kill(os.getpid(), number))
         return run(bands, tmp_path, 0)
 
