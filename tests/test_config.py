@@ -65,7 +65,8 @@ def test_bad_setting_is_one_line_and_status_2(argv, words, capsys, cache, tmp_pa
 def test_patience_is_a_tenth_of_the_epochs(epochs, patience):
     assert config.Config(epochs=epochs).patience_epochs == patience
     assert config.Config(epochs=epochs, patience_epochs=0).patience_epochs == 0
-    assert config.Config(**config.Config(epochs=epochs).to_dict() | {"epochs": 300}).patience_epochs == patience  # as --resume has it
+    longer = config.Config(epochs=epochs).to_dict() | {"epochs": 300}  # as --resume has it
+    assert config.Config(**longer).patience_epochs == patience
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
