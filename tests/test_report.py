@@ -461,6 +461,17 @@ def test_pages_fit_phone_and_desktop_in_light_and_dark(page, tmp_path, width, da
 
 @browser
 @needs_chromium
+def test_rates_that_spread_over_decades_are_drawn(page, tmp_path):
+    folder = comparison_folder(tmp_path / "both")
+    rows = [row | {"lr": 1e-4} for row in rows_of(6)]  # the other seed's are some hundred times as large
+    write_csv(folder / "plateau-s1/results.csv", rows)
+    page.open(report.write(folder))
+    paths = page.js("[...document.querySelectorAll('.chart path')].map(path => path.getAttribute('d'))")
+    assert paths and not any("NaN" in path or "Infinity" in path for path in paths) and quiet(page) is True
+
+
+@browser
+@needs_chromium
 def test_a_live_page_renews_itself_and_a_finished_one_does_not(page, tmp_path):
     run = run_folder(tmp_path / "run", epochs=2, finished=False)
     page.open(report.write(run, live=True))
