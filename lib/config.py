@@ -146,6 +146,12 @@ class Config:
     balanced_batches: bool = option(False, "each batch in the classes' proportions, as closely as can be")
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
     perturb_on_plateau: bool = option(False, "gradient noise only in the epoch behind each plateau of --monitor")
+    ema: float = option(
+        0.0,
+        "evaluate and keep an average of the weights that forgets by this a step, such as 0.999; 0: none",
+        low=0,
+        high=0.99999,
+    )
     cutout: int = option(None, "cutout's side, in pixels of a 32-pixel side; 0: none (8; cifar10 16)", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally at random (on; digits off)")

@@ -167,7 +167,7 @@ def report(learn, config, run, rows, best):
     steps = len(learn.dls.train)
     trace = schedules.trace(dataclasses.replace(config, lr=run.env["lr"]), steps, values)[: steps * len(rows)]
     plateaus = config.schedule in ("plateau", "grow_batch")
-    shown = (config.target, best.epoch_number, chosen_on, trace, plateaus, config.label_smoothing)
+    shown = (config.target, best.epoch_number, chosen_on, trace, plateaus, config.label_smoothing, config.ema > 0)
     write_figure(run / "results.png", plots.results(rows, title, *shown))
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (test[0], test[1].argmax(1)), 1)

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from lib import ranks, runs
-from lib.callbacks import EpochRecorder, Freeze, GradNoise, mixed
+from lib.callbacks import EMA, EpochRecorder, Freeze, GradNoise, mixed
 from lib.config import MOMENTUM, BadInput
 from lib.models import head
 from lib.runs import cpu_name
@@ -117,6 +117,7 @@ class SGDLearner(Learner):
         self.has_momentum = optimizer in MOMENTUM
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback has put back one that was cut short
         self.parallel = None  # the model as `ranks.DataParallel` trains it
+        self.average = None  # the model as `callbacks.EMA` averages it
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
         model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -126,6 +127,11 @@ class SGDLearner(Learner):
         super().__init__(dls, model, loss_func or CrossEntropyLossFlat(), opt_func=opt_func, cbs=cbs, **own, **kwargs)
         if self.dtype is torch.float16 and device.type == "cuda":
             self.scaler = torch.amp.GradScaler("cuda")
+
+    @property
+    def evaluated(self):
+        """The model that is evaluated and kept: the average where there is one, else the model itself."""
+        return self.model if self.average is None else self.average
 
     def autocast(self):
         """The context in which training's forward passes run."""
@@ -219,12 +225,12 @@ class SGDLearner(Learner):
     def logits(self, dl, float32=True):
         """Yields (images, logits in float32, targets or None) for each batch of `dl`, the model in eval mode."""
         epoch = getattr(dl, "epoch", None)
-        with kept_modes(self.model):
-            self.model.eval()
+        with kept_modes(model := self.evaluated):
+            model.eval()
             for b in dl:
                 x, *y = (t.as_subclass(torch.Tensor) for t in self._set_device(b))
                 with self.autocast() if not float32 else torch.autocast(x.device.type, enabled=False):
-                    logits = self.model(x).float()
+                    logits = model(x).float()
                 yield x, logits, y[0] if y else None
         if epoch is not None:
             dl.epoch = epoch
@@ -267,7 +273,7 @@ class SGDLearner(Learner):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
         twin = copy.copy(self)
         twin.cbs, twin.model, twin.opt = type(self.cbs)(), copy.deepcopy(self.model), None
-        twin.accumulate, twin.parallel = 1, None
+        twin.accumulate, twin.parallel, twin.average = 1, None, None
         twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
         twin.create_opt()
         twin.opt.set_hypers(wd=self.wd)
@@ -305,6 +311,8 @@ def build(config, dls, model, precision="float32", cbs=None):
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
+    if config.ema:
+        cbs.append(EMA(config.ema))
     how = dict(mom=config.momentum, wd=config.weight_decay, optimizer=config.optimizer, accumulate=config.accumulate)
     return SGDLearner(dls, model, loss, precision=precision, cbs=cbs, path=dls.path, **how)
 

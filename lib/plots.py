@@ -34,6 +34,7 @@ def results(
     trace=None,  # (steps, 2) learning rate and momentum of each step; None: the first step of each epoch
     plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
     label_smoothing=0.0,  # that the training loss has and the others have not
+    averaged=False,  # whether an average of the weights was evaluated
 ):
     """Accuracy, loss, learning rate and momentum over the epochs; plateaus as vertical lines."""
     figure, ((top,), (middle,), (bottom,)) = axes(9, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
@@ -46,6 +47,7 @@ def results(
             colour, line, label = SETS[name]
             if what == "loss" and name == "train" and label_smoothing:
                 label = f"train (augmented batches, label smoothing {label_smoothing:g})"
+            label += ", averaged weights" if averaged and name != "train" else ""
             marker, values = "." if len(rows) < 15 else None, [r[f"{name}_{what}"] for r in rows]
             ax.plot(epochs, values, line, color=colour, label=label, marker=marker)
     if target:

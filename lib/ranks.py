@@ -124,8 +124,9 @@ class DataParallel(Callback):
             learn.loss_grad = learn.loss_grad * (share * world())
 
     def after_train(self):
-        for buffer in self.learn.model.buffers():
-            dist.broadcast(buffer, 0)
+        for model in filter(None, (self.learn.model, self.learn.average)):
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def after_fit(self):
         self.learn.parallel = None

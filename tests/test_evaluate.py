@@ -128,6 +128,9 @@ def test_figures_say_what_they_show():
     cuts = [line.get_xdata()[0] for line in bottom.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"]
     assert cuts == [5.5] and bottom.get_yscale() == "log" and "momentum" in right.get_ylabel()
     assert "test chose" in plots.results(rows_of(4), "a run", 0.88, 3, "test").axes[0].get_title()
+    legend = plots.results(rows_of(4), "a run", averaged=True).axes[1].get_legend()
+    labels = [t.get_text() for t in legend.get_texts()]
+    assert labels == ["train (augmented batches)", "valid, averaged weights", "test, averaged weights"]
 
     found = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
     losses = np.linspace(2, 1, 50)

@@ -17,7 +17,7 @@ from train_fastai import main
 
 # a rate that leaves mistakes to explain
 ARGS = """--size 32 --model small --epochs 3 -b 16 --lr-iters 20 --patience-epochs 0 --threshold 0.5 --gallery 2
---threads 1 --momentum 0.8 --grad-noise 0.001 --warmup-epochs 1.5 --lr-suggest minimum""".split()
+--threads 1 --momentum 0.8 --ema 0.8 --grad-noise 0.001 --warmup-epochs 1.5 --lr-suggest minimum""".split()
 # where a SIGKILL comes: what is called for the how-manieth time
 RANGE_TEST = [("range", n) for n in (1, 12)] + [("lr_find.csv", 1), ("lr_find.png", 1)]
 BATCHES = [("batch", n) for n in (1, 2, 4, 6, 7, 10, 12, 13, 18)]

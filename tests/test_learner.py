@@ -84,6 +84,48 @@ def test_the_training_loss_is_the_mean_over_images(make):
         assert row["train_acc"] == np.mean(right)
 
 
+def test_the_average_is_what_is_evaluated_and_kept_and_training_is_as_without_it(make):
+    """a <- d a + (1 - d) w behind each step, d = min(decay, (1 + t) / (10 + t)), BatchNorm's statistics along."""
+    expected, evaluated, t = {}, [], 0
+
+    class Reference(callbacks.Callback):
+        order = callbacks.EMA.order - 1
+
+        def before_fit(self):
+            expected.update({k: v.double().clone() for k, v in self.learn.model.state_dict().items()})
+
+        def after_step(self):
+            nonlocal t
+            d = min(0.3, (1 + t) / (10 + t))
+            t += 1
+            for k, v in self.learn.model.state_dict().items():
+                expected[k] = d * expected[k] + (1 - d) * v.double()
+
+        def after_epoch(self):
+            model = self.learn.probe().model
+            model.load_state_dict(expected)
+            model.eval()
+            x, y = zip(*[[t.as_subclass(torch.Tensor) for t in b] for b in self.dls.test])
+            with torch.no_grad():
+                evaluated.append(F.cross_entropy(model(torch.cat(x)), torch.cat(y)).item())
+
+    best = callbacks.KeepBest()
+    _, learn = make("--ema", 0.3, "--accumulate", 2, cbs=[Reference(), best])
+    _, plain = make("--accumulate", 2)
+    learn.fit(3, 0.1), plain.fit(3, 0.1)
+    assert t == 3 * math.ceil(len(learn.dls.train) / 2) > 5  # from step 3 on d is 0.3
+    assert [row["test_loss"] for row in learn.recorder.rows] == pytest.approx(evaluated, rel=1e-4)
+    for name in ("train_loss", "train_acc"):
+        assert [row[name] for row in learn.recorder.rows] == [row[name] for row in plain.recorder.rows]
+    assert learn.recorder.rows[-1]["test_loss"] != pytest.approx(plain.recorder.rows[-1]["test_loss"], rel=1e-2)
+    for name, kept in learn.model.state_dict().items():
+        if kept.is_floating_point():
+            assert torch.allclose(kept.double(), expected[name], rtol=1e-4, atol=1e-6), name
+    assert learn.average is None and learn.validate(2)[0] == pytest.approx(evaluated[-1], rel=1e-4)
+    last = best.epoch_number == 3
+    assert last == all(torch.equal(best.state[k], v) for k, v in learn.model.state_dict().items())
+
+
 def test_evaluation_equals_plain_torch_and_changes_nothing(make):
     _, learn = make()
     learn.fit(1, 0.05)
@@ -162,7 +204,7 @@ def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
 
 def test_the_best_weights_are_those_of_the_best_valid_accuracy():
     keep, model = callbacks.KeepBest(), torch.nn.Linear(1, 1)
-    keep.learn = learn = SimpleNamespace(model=model, recorder=SimpleNamespace(rows=[]))
+    keep.learn = learn = SimpleNamespace(evaluated=model, recorder=SimpleNamespace(rows=[]))
     scores = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)]
     for epoch, (acc, loss) in enumerate(scores, 1):
         torch.nn.init.constant_(model.weight, epoch)

@@ -178,7 +178,8 @@ def test_gradcam_explains_it(tmp_path):
 @pytest.mark.slow
 def test_a_run_cut_short_while_frozen_ends_as_if_it_had_not_been(weights, bands, tmp_path, monkeypatch):
     argv = ["--data", bands, "--size", 32, "--model", NET, "--pretrained", weights / "net.pth", "-b", 32]
-    argv += ["--epochs", 3, "--freeze-epochs", 2, "--lr", 0.01, "--class-weights", "--grad-noise", 1e-6, "--gallery", 0]
+    argv += ["--epochs", 3, "--freeze-epochs", 2, "--lr", 0.01, "--class-weights", "--grad-noise", 1e-6, "--ema", 0.9]
+    argv += ["--gallery", 0]
     argv = [str(a) for a in (*argv, "--precision", "float32", "--out", tmp_path)]
     assert main([*argv, "--name", "whole"]) == 0
     after_epoch = checkpoint.Checkpoint.after_epoch

@@ -45,7 +45,9 @@ def trained(bands, cache, dtype, epochs, cbs, *more):
 
 @pytest.mark.parametrize("n, dtype, within", [(2, torch.float64, 1e-9), (3, torch.float32, 1e-5)])
 def test_ranks_end_with_the_weights_and_the_record_of_one_process(n, dtype, within, bands, cache, tmp_path):
-    options = "--grad-noise 0.01 --accumulate 2 --schedule grow_batch --patience-epochs 0 --threshold 0.9".split()
+    options = (
+        "--grad-noise 0.01 --ema 0.9 --accumulate 2 --schedule grow_batch --patience-epochs 0 --threshold 0.9".split()
+    )
     weights, rows = trained(bands, cache, dtype, 3, [], *options)
 
     def job(rank):

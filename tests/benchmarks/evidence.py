@@ -30,13 +30,14 @@ VARIANTS = {
     "balanced": ["--balanced-batches"],
     "accumulate": ["--accumulate", "4"],
     "warmup": ["--warmup-epochs", "2"],
+    "ema": ["--ema", "0.99"],
 }
 # the first of each is what the others are compared with: SGD with momentum 0.9 under plateau
 FIGURES = {
     "schedules": SCHEDULES,
     "optimizers": ["plateau", *(name for name in OPTIMIZERS if name != "sgd")],
     "momentum": ["plateau", "momentum 0.75", "momentum 0.99"],
-    "switches": ["plateau", "grad noise", "noise on plateaus", "balanced", "accumulate", "warmup"],
+    "switches": ["plateau", "grad noise", "noise on plateaus", "balanced", "accumulate", "warmup", "ema"],
 }
 
 
