@@ -32,9 +32,13 @@ MOST_TEXT = 10**6  # characters of a file of settings
 MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
-COMMON = dict(epochs=50, model="medium", flip=True, label_smoothing=0, cutout=8, pct_start=0.25, cycle_length=0.2)
+COMMON = dict(
+    epochs=50, model="medium", flip=True, label_smoothing=0, cutout=8, pct_start=0.25, cycle_length=0.2,
+    ema=0.0, threshold=1e-4
+)  # fmt: skip
 SOURCES = {
-    "cifar10": {"model": "large", "label_smoothing": 0.1, "cutout": 16},  # cutout: the paper's for CIFAR-10
+    # cutout: the paper's for CIFAR-10; threshold: the loss of an average creeps on where it hardly falls any more
+    "cifar10": {"model": "large", "label_smoothing": 0.1, "cutout": 16, "ema": 0.999, "threshold": 0.04},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 # So does a schedule.
@@ -123,7 +127,7 @@ class Config:
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
-    threshold: float = option(1e-4, "change that counts as an improvement", low=0)
+    threshold: float = option(None, "change that counts as an improvement (1e-4; cifar10 0.04)", low=0)
     threshold_mode: str = option("rel", "whether the threshold is relative or absolute", choices=("rel", "abs"))
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs over which the rate first rises from a quarter of the schedule's", low=0)
@@ -147,11 +151,9 @@ class Config:
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
     perturb_on_plateau: bool = option(False, "gradient noise only in the epoch behind each plateau of --monitor")
     ema: float = option(
-        0.0,
-        "evaluate and keep an average of the weights that forgets by this a step, such as 0.999; 0: none",
-        low=0,
-        high=0.99999,
-    )
+        None, "an average of the weights is evaluated and kept; its decay a step; 0: none (0; cifar10 0.999)",
+        low=0, high=0.99999
+    )  # fmt: skip
     cutout: int = option(None, "cutout's side, in pixels of a 32-pixel side; 0: none (8; cifar10 16)", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally at random (on; digits off)")
