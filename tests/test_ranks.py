@@ -75,7 +75,7 @@ def test_a_run_on_two_ranks_is_written_once_and_goes_on_with_one(bands, tmp_path
     def job(rank):
         if rank == 1:
             stop_at_signal(epoch=1, batch=2)
-        argv = [a for a in ARGS if a not in ("--lr", "0.05")]
+        argv = [*(a for a in ARGS if a not in ("--lr", "0.05")), "--ema", "0.9"]
         return main(["--data", str(bands), "--out", str(tmp_path / "runs"), "--name", "run", *argv])
 
     assert on_ranks(2, job, tmp_path) == [130, 130], said(tmp_path)

@@ -196,7 +196,7 @@ def main():
             generate(root, args.images, 32, test=args.images // 4)
         common = ["--data", root, "--size", 32, "--valid-pct", 0, "--cache", folder, "--model", args.model]
         common += ["-b", args.batch_size, "--precision", args.precision, "--epochs", 1, "--no-progress"]
-        common += ["--ema", 0.999]  # CIFAR-10's default
+        common += ["--ema", config.SOURCES["cifar10"]["ema"]]
         common = list(map(str, common))
         settings = config.parse(common)
         device = models.pick_device(settings)
