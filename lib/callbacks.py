@@ -394,17 +394,18 @@ class EMA(Callback):
 
     def before_fit(self):
         self.learn.average, self.steps = copy.deepcopy(self.learn.model).requires_grad_(False), 0
+        of = lambda model: [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        self.tensors = of(self.learn.average), of(self.learn.model)  # they stay where they are until the fit's end
 
     def after_step(self):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        of = lambda model: [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        get_ema_multi_avg_fn(decay)(of(self.learn.average), of(self.learn.model), self.steps)
+        get_ema_multi_avg_fn(decay)(*self.tensors, self.steps)
         self.steps += 1
 
     def after_fit(self):
         if self.learn.average is not None:
             self.learn.model.load_state_dict(self.learn.average.state_dict())
-            self.learn.average = None
+            self.learn.average = self.tensors = None
 
     def state_dict(self):
         return {"steps": self.steps, "average": self.learn.average.state_dict()}

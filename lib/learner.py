@@ -149,7 +149,9 @@ class SGDLearner(Learner):
 
     def _do_one_batch(self):
         if self.training:  # what networks draw (dropout) is a function of (seed, epoch, batch, rank), and no state
-            torch.manual_seed(mixed(getattr(self.dls.train, "seed", 0), self.epochs_trained, self.iter, ranks.rank()))
+            seed = mixed(getattr(self.dls.train, "seed", 0), self.epochs_trained, self.iter, ranks.rank())
+            on_cpu = torch.device(self.dls.device or "cpu").type == "cpu"
+            (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch's own takes long on a CPU
         with self.autocast():
             self.pred = (self.parallel or self.model)(*self.xb)
         if self.pred.dtype is not torch.float64:

@@ -32,15 +32,15 @@ class Plain(nn.Module):
         return self.layers(x.to(self.layers[0].weight.dtype))
 
 
-def trained(bands, cache, dtype, epochs, cbs, *more):
-    """(weights as one vector, rows) of a Plain after some epochs; 88 images in batches of 29 leave a last one of 1."""
+def trained(bands, cache, network, epochs, cbs, *more):
+    """(weights and buffers as one vector, rows) of `network()`; 88 images in batches of 29 leave a last one of 1."""
     argv = ["--data", bands, "--cache", cache, "--size", 32, "--epochs", epochs, "-b", 29, "--lr", 0.1, *more]
     config = settings.parse(list(map(str, argv)))
     dls = data.get_dls(config)
     torch.manual_seed(0)
-    learn = learner.build(config, dls, Plain(dtype), cbs=cbs)
+    learn = learner.build(config, dls, network(), cbs=cbs)
     schedules.fit(learn, config, 0.1)
-    return torch.cat([p.detach().flatten() for p in learn.model.parameters()]), learn.recorder.rows
+    return torch.cat([t.double().flatten() for t in learn.model.state_dict().values()]), learn.recorder.rows
 
 
 @pytest.mark.parametrize("n, dtype, within", [(2, torch.float64, 1e-9), (3, torch.float32, 1e-5)])
@@ -48,12 +48,13 @@ def test_ranks_end_with_the_weights_and_the_record_of_one_process(n, dtype, with
     options = (
         "--grad-noise 0.01 --ema 0.9 --accumulate 2 --schedule grow_batch --patience-epochs 0 --threshold 0.9".split()
     )
-    weights, rows = trained(bands, cache, dtype, 3, [], *options)
+    network = lambda: Plain(dtype)
+    weights, rows = trained(bands, cache, network, 3, [], *options)
 
     def job(rank):
         with ranks.joined(torch.device("cpu")):
             assert ranks.world() == n
-            found, own = trained(bands, cache, dtype, 3, ranks.callbacks(), *options)
+            found, own = trained(bands, cache, network, 3, ranks.callbacks(), *options)
             torch.save({"weights": found, "rows": own}, tmp_path / f"{rank}.pt")
 
     assert on_ranks(n, job, tmp_path) == [0] * n, (tmp_path / "rank0.txt").read_text()
@@ -67,6 +68,21 @@ def test_ranks_end_with_the_weights_and_the_record_of_one_process(n, dtype, with
                 assert row[f"{name}_acc"] == expected[f"{name}_acc"]  # every image counts once
                 assert row[f"{name}_loss"] == pytest.approx(expected[f"{name}_loss"], rel=1e-5)
     assert rows[0]["batch_size"] != rows[2]["batch_size"]
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_ranks_agree_on_the_statistics_of_batchnorm(ema, bands, cache, tmp_path):
+    """Each rank's are of its own slices; what is kept is the first one's, in the network and in the average."""
+    network = lambda: nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4))
+
+    def job(rank):
+        with ranks.joined(torch.device("cpu")):
+            found, _ = trained(bands, cache, network, 1, ranks.callbacks(), "--ema", ema)
+            torch.save(found, tmp_path / f"{rank}.pt")
+
+    assert on_ranks(2, job, tmp_path) == [0, 0], said(tmp_path)
+    first, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first, other)
 
 
 def test_a_run_on_two_ranks_is_written_once_and_goes_on_with_one(bands, tmp_path):

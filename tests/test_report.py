@@ -421,6 +421,12 @@ def test_curves_are_read_by_pointer_and_by_keys(page, tmp_path):
     page.js("document.querySelectorAll('.chart svg')[3].focus()")
     page.key("End")
     assert "learning rate 10each batch –" in page.js(read)[3]  # where it was infinite
+    titles = "[...document.querySelectorAll('.chart figcaption')].slice(0, 3).map(t => t.textContent)"
+    more = ", valid and test of averaged weights"
+    averaged = page.js(titles)
+    page.open(report.write(run_folder(tmp_path / "plain", ema=0)))
+    assert page.js(titles) == [title.removesuffix(more) for title in averaged]
+    assert averaged[:2] == [f"Accuracy{more}", f"Loss (cross-entropy){more}"]
     assert quiet(page) is True
 
 
