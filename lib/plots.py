@@ -208,6 +208,7 @@ def comparison(
 ):
     """Test accuracy of each variant against epochs and against seconds: mean over seeds, band of ± 1 deviation."""
     figure, ((left, right),) = axes(13, 6, 1, 2, sharey=True)
+    bands = ""
     colours = [BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000", GREY]
     for i, (name, points) in enumerate(curves.items()):
         epochs, seconds, acc = np.array(points, float).T
@@ -220,6 +221,7 @@ def comparison(
         for ax, x in ((left, marks), (right, [seconds[at].mean() for at in each])):
             ax.plot(x, mean, line, color=colour, label=f"{name} (n = {n})", marker="." if len(marks) < 15 else None)
             if n > 1:
+                bands = ": mean over seeds, band of ± 1 standard deviation"
                 ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
     within = target and target <= left.get_ylim()[1]
     for ax, what in ((left, "epoch"), (right, "seconds of training, evaluation included")):
@@ -233,5 +235,5 @@ def comparison(
     columns = min(len(labels), 5 if max(map(len, labels)) < 30 else 3)
     for text in figure.legend(handles, labels, loc="outside lower center", ncols=columns).get_texts():
         text.set_parse_math(False)
-    figure.suptitle(f"{title}: mean over seeds, band of ± 1 standard deviation", parse_math=False)
+    figure.suptitle(f"{title}{bands}", parse_math=False)
     return figure
