@@ -149,6 +149,14 @@ def test_a_target_far_above_all_curves_does_not_squeeze_them(best):
     assert left.get_ylim()[1] < best + 0.1
 
 
+def test_a_comparison_speaks_of_bands_where_there_are_some():
+    one, two = [(1, 9, 0.5), (2, 18, 0.6)], [(1, 9, 0.5), (1, 8, 0.4), (2, 18, 0.6), (2, 17, 0.7)]
+    for curves, bands in (({"a": one, "b": one}, 0), ({"a": one, "b": two}, 1)):
+        figure = plots.comparison(curves, "both")
+        assert [len(ax.collections) for ax in figure.axes] == [bands] * 2
+        assert figure.get_suptitle() == "both" + ": mean over seeds, band of ± 1 standard deviation" * bands
+
+
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 25])
 def test_a_gallery_of_any_size_and_strange_names(n):
     row = dict(rank=1, prediction="$x^2$ <b>é\n" * 5, truth="猫", p_prediction=1.0, p_truth=1e-9)
