@@ -133,10 +133,14 @@ class SGDLearner(Learner):
         """The model that is evaluated and kept: the average where there is one, else the model itself."""
         return self.model if self.average is None else self.average
 
+    @property
+    def kind(self):
+        """The kind of device that computes: cpu, cuda, …"""
+        return torch.device(self.dls.device or "cpu").type
+
     def autocast(self):
         """The context in which training's forward passes run."""
-        kind = torch.device(self.dls.device or "cpu").type
-        return torch.autocast(kind, self.dtype, enabled=self.dtype is not torch.float32)
+        return torch.autocast(self.kind, self.dtype, enabled=self.dtype is not torch.float32)
 
     def _call_one(self, event_name):
         """As fastai's, but callbacks are not asked about events of a batch that they do not have: it takes longer."""
@@ -150,8 +154,8 @@ class SGDLearner(Learner):
     def _do_one_batch(self):
         if self.training:  # what networks draw (dropout) is a function of (seed, epoch, batch, rank), and no state
             seed = mixed(getattr(self.dls.train, "seed", 0), self.epochs_trained, self.iter, ranks.rank())
-            on_cpu = torch.device(self.dls.device or "cpu").type == "cpu"
-            (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch's own takes long on a CPU
+            # torch's own seeds every kind of device, which takes long where there is only a CPU
+            (torch.default_generator if self.kind == "cpu" else torch).manual_seed(seed)
         with self.autocast():
             self.pred = (self.parallel or self.model)(*self.xb)
         if self.pred.dtype is not torch.float64:
