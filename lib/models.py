@@ -37,11 +37,12 @@ class SqueezeExcite(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + f(x), f being `depth` convolutions of the same width (He et al., arXiv 1512.03385) and a SqueezeExcite."""
+    """x + f(x), f being `depth` convolutions of the same width (He et al., arXiv 1512.03385), then a SqueezeExcite."""
 
-    def __init__(self, width, depth):
+    def __init__(self, width, depth, squeeze):
         super().__init__()
-        self.body = nn.Sequential(*[ConvPoolNorm(width, width) for _ in range(depth)], SqueezeExcite(width))
+        layers = [ConvPoolNorm(width, width) for _ in range(depth)]
+        self.body = nn.Sequential(*layers, *([SqueezeExcite(width)] if squeeze else []))
 
     def forward(self, x):
         return x + self.body(x)
@@ -58,12 +59,14 @@ class SmallResNet(nn.Module):
         n_classes,  # length of the output
         stem,  # channels of the first convolution, at full resolution; even, at most 24 where it is to whiten
         widths,  # channels of the stages, at 1/2, 1/4, 1/8 of the side
-        depth=1,  # convolutions in a residual block
+        depths=(1, 1, 1),  # convolutions in the residual block of each
+        squeeze=True,  # whether the blocks end in a SqueezeExcite
     ):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 2), nn.SiLU())
-        stage = lambda c_in, c_out: nn.Sequential(ConvPoolNorm(c_in, c_out, pool=True), Residual(c_out, depth))
-        self.stages = nn.Sequential(*map(stage, [stem, *widths], widths))
+        each = zip([stem, *widths[:-1]], widths, depths, strict=True)
+        block = lambda a, b, depth: nn.Sequential(ConvPoolNorm(a, b, pool=True), Residual(b, depth, squeeze))
+        self.stages = nn.Sequential(*(block(*args) for args in each))
         self.head = nn.Linear(widths[-1], n_classes)
 
     @torch.no_grad()
@@ -101,7 +104,7 @@ MOST = 65536  # of each number in a model.json
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
     "medium": (SmallResNet, dict(stem=24, widths=(32, 96, 256))),
-    "large": (SmallResNet, dict(stem=24, widths=(64, 256, 256))),
+    "large": (SmallResNet, dict(stem=24, widths=(64, 256, 256), depths=(2, 2, 1), squeeze=False)),
 }
 
 
@@ -308,7 +311,7 @@ def rebuild(card):
     try:
         name, args = card["architecture"], card["args"]
         numbers = [n for v in args.values() for n in (v if isinstance(v, list) else [v])]
-        if len(numbers) > 16 or not all(type(n) is int and 0 < n <= MOST for n in numbers):
+        if len(numbers) > 16 or not all(type(n) is bool or type(n) is int and 0 < n <= MOST for n in numbers):
             raise ValueError(f"args {brief(args)}")
         if name.startswith("torchvision."):
             return build(name.removeprefix("torchvision."), args["n_classes"])

@@ -26,7 +26,7 @@ CANDIDATES = {
     "64,128,256": WIDE,
     "64,128,256 not whitening": {**WIDE, "whiten": False},
     "64,128,256 without squeeze-excite": {**WIDE, "squeeze": False},
-    "64,128,256 x2": {**WIDE, "depth": 2},
+    "64,128,256 x2": {**WIDE, "depths": (2, 2, 2)},
     "96,192,384": dict(stem=24, widths=(96, 192, 384)),
 }
 
@@ -34,14 +34,10 @@ CANDIDATES = {
 def network(args, dls):
     """A fresh network of `args` for the data."""
     args = dict(args)
-    whiten, squeeze = args.pop("whiten", True), args.pop("squeeze", True)
+    whiten = args.pop("whiten", True)
     model = models.SmallResNet(len(dls.vocab), **args)
     if whiten:
         model.whiten(dls.train.plain()[0])
-    if not squeeze:
-        for block in model.modules():
-            if isinstance(block, models.Residual):
-                del block.body[-1]
     return model.to(memory_format=torch.channels_last)
 
 
