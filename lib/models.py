@@ -310,8 +310,9 @@ def rebuild(card):
     """
     try:
         name, args = card["architecture"], card["args"]
-        numbers = [n for v in args.values() for n in (v if isinstance(v, list) else [v])]
-        if len(numbers) > 16 or not all(type(n) is bool or type(n) is int and 0 < n <= MOST for n in numbers):
+        numbers = [n for k, v in args.items() if k != "squeeze" for n in (v if isinstance(v, list) else [v])]
+        fitting = type(args.get("squeeze", True)) is bool and len(numbers) <= 16
+        if not fitting or not all(type(n) is int and 0 < n <= MOST for n in numbers):
             raise ValueError(f"args {brief(args)}")
         if name.startswith("torchvision."):
             return build(name.removeprefix("torchvision."), args["n_classes"])

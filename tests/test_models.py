@@ -48,6 +48,15 @@ def test_a_run_with_a_torchvision_network_rebuilds_from_its_card(bands, tmp_path
     assert (tmp_path / "x/gradcam.png").exists()
 
 
+def test_a_network_has_the_convolutions_that_its_arguments_say_and_its_card_rebuilds_it():
+    args = dict(n_classes=4, stem=8, widths=[8, 16, 24], depths=[2, 3, 1], squeeze=False)
+    model = models.SmallResNet(**args)
+    shapes = [tuple(m.weight.shape[:2]) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert shapes == [(8, 3), *[(8, 8)] * 3, (16, 8), *[(16, 16)] * 3, (24, 16), (24, 24)]
+    assert not any(isinstance(m, models.SqueezeExcite) for m in model.modules())
+    models.rebuild({"architecture": "SmallResNet", "args": args}).load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("name", ["small", "medium"])
 def test_squeeze_excite_scales_channels(name):
     torch.manual_seed(0)
