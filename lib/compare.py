@@ -174,8 +174,8 @@ def table(variants):
             against = f"{mean:+.4f}" + (f" ± {half:.4f}" if half is not None else "")
             verdicts.append(verdict(first, name, paired))
         cells = [name, str(len(runs)), spread(of("test_acc")), spread(of("last_test_acc")), spread(of("valid_acc")),
-                 spread(of("epochs_to_target"), "{:.1f}"), spread(of("seconds_to_target"), "{:.0f}"),
-                 spread(of("train_seconds"), "{:.0f}"), against]  # fmt: skip
+                 spread(of("epochs_to_target"), "{:.1f}" if len(runs) > 1 else "{:.0f}"),
+                 spread(of("seconds_to_target"), "{:.0f}"), spread(of("train_seconds"), "{:.0f}"), against]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines), verdicts
 

@@ -109,6 +109,16 @@ def test_finished_runs_of_anywhere_are_compared(compared, tmp_path, capsys):
     assert err.count("\n") == 1 and str(tmp_path) in err
 
 
+def test_epochs_to_the_target_are_whole_for_one_run_and_a_mean_for_more():
+    scores = dict(
+        test_acc=0.9, last_test_acc=0.9, valid_acc=0.9, seconds_to_target=60.0, train_seconds=90.0, target=0.88
+    )
+    run = lambda seed, epochs: {"args": {"seeds": [seed]}, "summary": {**scores, "epochs_to_target": epochs}}
+    assert "| 25 | 60 | 90 |" in compare.table({"plateau": [run(0, 25)]})[0]
+    assert "| 24.5 ± 0.7 | 60 ± 0 |" in compare.table({"plateau": [run(0, 24), run(1, 25)]})[0]
+    assert "| never | 60 |" in compare.table({"plateau": [run(0, None)]})[0]
+
+
 def test_a_variant_that_diverges_is_named_and_the_others_compared(bands, tmp_path, capsys):
     few = "--size 32 --model small --epochs 1 -b 16 --gallery 0 --lr 0.05 1e12".split()
     assert main(["--data", str(bands), "--out", str(tmp_path), "--name", "x", *few]) == 3
