@@ -311,7 +311,7 @@ def rebuild(card):
     try:
         name, args = card["architecture"], card["args"]
         numbers = [n for k, v in args.items() if k != "squeeze" for n in (v if isinstance(v, list) else [v])]
-        fitting = type(args.get("squeeze", True)) is bool and len(numbers) <= 16
+        fitting = type(args.get("squeeze", True)) is bool and len(numbers) <= 16 and sum(args.get("depths", ())) <= 64
         if not fitting or not all(type(n) is int and 0 < n <= MOST for n in numbers):
             raise ValueError(f"args {brief(args)}")
         if name.startswith("torchvision."):

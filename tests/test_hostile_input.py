@@ -423,11 +423,12 @@ def test_what_is_lost_from_env_json_comes_from_the_data_again(copied, capfd):
         {"args": {"n_classes": 2, "stem": 60_000, "widths": [60_000, 60_000, 60_000]}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8] * 1000}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "depths": [1, 1]}},
+        {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "depths": [1, 1, 64]}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "squeeze": 0}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "squeeze": [True]}},
         {"architecture": "torchvision.resnet18", "args": {"weights": 1}},
     ],
-    ids=range(19),
+    ids=range(20),
 )  # fmt: skip
 def test_a_model_json_that_names_anything_else_is_refused(change, copied):
     card = json.loads((copied / "weights/model.json").read_text())
