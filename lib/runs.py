@@ -21,6 +21,7 @@ from lib.config import RESOLVED, BadInput, data_name, one_line, read_file, read_
 
 ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
+CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # of /proc/cpuinfo, on x86 and on Arm
 
 
 def write(path, content, keep=None):
@@ -115,24 +116,32 @@ def commit():
         return None
 
 
-def cpu_name():
+def cpu_facts():
+    """What /proc/cpuinfo says of the first processor, {} where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def cpu_name():
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
 
 
 def environment():
     """Versions, commit and machine, for env.json."""
     import torch
 
+    cpu = cpu_facts()
     return {
         "python": platform.python_version(),
         **{p: version(p) for p in PACKAGES},
         "commit": commit(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
+        # virtual machines of chips twice as fast have the same name
+        "cpu_model": ", ".join(f"{key} {cpu[key]}" for key in CPU_MODEL if key in cpu),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +51,15 @@ def test_smoke_makes_every_file_within_a_minute(smoke):
     assert made == sorted(FILES)
     assert seconds < 60
     assert out.count("\nepoch ") == 2 and "range test:" in out and str(run) in out
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("lscpu"), reason="lscpu's words for x86")
+def test_env_json_tells_the_chip_as_lscpu_does(smoke):
+    env = json.loads((smoke[0] / "env.json").read_text())
+    told = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    facts = {key: value.strip() for key, _, value in (line.partition(":") for line in told.stdout.splitlines())}
+    assert env["cpu"] == facts["Model name"]
+    assert env["cpu_model"] == f"cpu family {facts['CPU family']}, model {facts['Model']}"
 
 
 def test_the_tables_agree(smoke):

@@ -10,7 +10,8 @@ import torch
 
 from lib.runs import environment
 
-KEPT = ("python", "torch", "torchvision", "fastai", "albumentations", "commit", "cpu", "cpu_count", "cpu_capability")
+VERSIONS = ("python", "torch", "torchvision", "fastai", "albumentations", "commit")
+KEPT = (*VERSIONS, "cpu", "cpu_model", "cpu_count", "cpu_capability")
 
 
 def machine():
