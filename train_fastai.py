@@ -79,7 +79,7 @@ def train(config):
                 if dls.store.skipped:
                     runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
                 evaluate.save_train_batch(learn, run)
-                run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE))
+                run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE, config.flip))
                 lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
                 run.note(lr=lr)
             report.write(run.path, live=not config.lr_find_only, show=config.open)

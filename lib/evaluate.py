@@ -17,12 +17,24 @@ from lib.store import centre
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 
 
-def outcome(learn, dl):
-    """The model on every image of `dl`, in float32: (targets (n,), probabilities (n, classes), losses (n,))."""
-    logits, targets = zip(*[(z.cpu(), y.cpu()) for _, z, y in learn.logits(dl)])
+def outcome(learn, dl, mirror=False):
+    """The model on every image of `dl`, in float32: (targets (n,), probabilities (n, classes), losses (n,)).
+
+    With `mirror` on the images turned left to right.
+    """
+    logits, targets = zip(*[(z.cpu(), y.cpu()) for _, z, y in learn.logits(dl, mirror=mirror)])
     log_p = torch.cat(logits).double().log_softmax(1)
     targets = torch.cat(targets)
     return targets.numpy(), log_p.exp().numpy(), -log_p.gather(1, targets[:, None])[:, 0].numpy()
+
+
+def tta_accuracy(learn, dl, found):
+    """Accuracy on `dl` of the mean of the logits of each image (`found`: their outcome) and of its mirror image.
+
+    Test-time augmentation as Jordan has it, arXiv 2404.00498; fastai's `learn.tta` takes training's augmentations.
+    """
+    targets, p, _ = outcome(learn, dl, mirror=True)
+    return float(((p * found[1]).argmax(1) == targets).mean())  # a product of probabilities is largest where logits are
 
 
 def mistakes(learn, k=None, found=None):
@@ -129,13 +141,15 @@ def optimizer_state_bytes(opt):
     return sum(t.nbytes for state in opt.state.values() for t in state.values() if torch.is_tensor(t))
 
 
-def summarize(config, env, rows, best_epoch, valid, test, opt):
-    """The content of summary.json; `valid` and `test` are outcomes of the kept weights."""
+def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
+    """The content of summary.json; `valid` and `test` are outcomes of the kept weights, `tta` their `tta_accuracy`."""
     reached = next((row for row in rows if row["test_acc"] >= config.target), None)
     acc = lambda found: float((found[1].argmax(1) == found[0]).mean())
     return {
         "test_acc": acc(test),
         "valid_acc": acc(valid),
+        "tta_test_acc": tta[1],
+        "tta_valid_acc": tta[0],
         "test_loss": float(test[2].mean()),
         "valid_loss": float(valid[2].mean()),
         "chosen_on": env["chosen_on"],
@@ -158,9 +172,11 @@ def summarize(config, env, rows, best_epoch, valid, test, opt):
 def report(learn, config, run, rows, best):
     """Summary, confusion, mistakes and figures of the kept weights (`best`: a KeepBest), evaluated once in float32."""
     learn.model.load_state_dict(best.state)
-    valid, test = outcome(learn, learn.dls.valid), outcome(learn, learn.dls.test)
+    dls = learn.dls.valid, learn.dls.test
+    valid, test = found = [outcome(learn, dl) for dl in dls]
+    tta = [tta_accuracy(learn, *of) for of in zip(dls, found)] if config.flip else [None, None]
     classes, run_name = list(learn.dls.vocab), run.path.name
-    summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt)
+    summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt, tta)
     chosen_on = run.env["chosen_on"]
     title = f"{run_name}: {summary['test_acc']:.2%} of the test images right"
     values = [row[config.monitor] for row in rows]
@@ -196,10 +212,11 @@ def closing(s, shown, path):
     chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
     epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
     when = f"reached after {epochs} epochs, {seconds:.0f} s" if epochs else "not reached"
+    tta = "" if s["tta_test_acc"] is None else f"; with each image's mirror image (tta) {s['tta_test_acc']:.4f}"
     mistakes = f"{shown} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes, so none to explain"
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
-        f"accuracy ({s['valid_acc']:.4f}){chosen}\n"
+        f"accuracy ({s['valid_acc']:.4f}){chosen}{tta}\n"
         f"target {s['target']:g} of test accuracy {when}; {s['epochs']} epochs in {s['train_seconds']:.0f} s, "
         f"{s['images_per_second']:.0f} images/s\n"
         f"{mistakes}; open {path / 'report.html'}"

@@ -228,13 +228,17 @@ class SGDLearner(Learner):
         return loss / n, correct / n
 
     @torch.no_grad()
-    def logits(self, dl, float32=True):
-        """Yields (images, logits in float32, targets or None) for each batch of `dl`, the model in eval mode."""
+    def logits(self, dl, float32=True, mirror=False):
+        """Yields (images, logits in float32, targets or None) for each batch of `dl`, the model in eval mode.
+
+        With `mirror` the images are turned left to right.
+        """
         epoch = getattr(dl, "epoch", None)
         with kept_modes(model := self.evaluated):
             model.eval()
             for b in dl:
                 x, *y = (t.as_subclass(torch.Tensor) for t in self._set_device(b))
+                x = x.flip(3) if mirror else x
                 with self.autocast() if not float32 else torch.autocast(x.device.type, enabled=False):
                     logits = model(x).float()
                 yield x, logits, y[0] if y else None

@@ -273,7 +273,7 @@ def check_batches(model, config, n, size, ranks=1):
         ) from None
 
 
-def card(name, dls, resize_rule):
+def card(name, dls, resize_rule, flip):
     """What rebuilds the trained network and feeds it: the content of weights/model.json."""
     ours = name in MODELS
     return {
@@ -284,6 +284,7 @@ def card(name, dls, resize_rule):
         "mean": dls.mean.tolist(),
         "std": dls.std.tolist(),
         "resize": resize_rule,
+        "flip": flip,
     }
 
 

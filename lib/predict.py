@@ -3,7 +3,7 @@
 python -m lib.predict runs/x image-or-folder …      file,prediction,probability: a row an image
 
 from lib.predict import load
-predict = load("runs/x")
+predict = load("runs/x")                            # or load("runs/x", tta=True)
 classes, probabilities = predict(["cat.jpg", "dog.jpg"])
 """
 
@@ -27,8 +27,11 @@ TASK = 16  # images that a thread decodes at a time
 AHEAD = 2  # batches that are decoded while one is predicted
 
 
-def load(run, device="auto"):
-    """The `Predictor` of the run folder `run`: its kept weights. Raises BadInput (one line) where there are none."""
+def load(run, device="auto", tta=False):
+    """The `Predictor` of the run folder `run`: its kept weights. Raises BadInput (one line) where there are none.
+
+    With `tta` it looks at each image's mirror image too. Raises BadInput where training flipped no images.
+    """
     from safetensors.torch import load_file
 
     from lib import models
@@ -48,7 +51,9 @@ def load(run, device="auto"):
         raise
     except Exception as e:  # json, safetensors and torch each raise their own
         raise BadInput(f"{run}: its weights cannot be loaded ({one_line(e)})") from None
-    return Predictor(model, card, models.pick_device(SimpleNamespace(device=device)))
+    if tta and card.get("flip") is not True:
+        raise BadInput(f"--tta: {described} does not say that the images of training were flipped; leave it out")
+    return Predictor(model, card, models.pick_device(SimpleNamespace(device=device)), tta)
 
 
 class Predictor:
@@ -59,11 +64,13 @@ class Predictor:
         model,  # maps normalised images to logits
         card,  # content of the run's model.json: classes, size, mean, std
         device,  # torch.device
+        tta=False,  # whether logits are the mean of those of the image and of its mirror image
     ):
         import torch
 
         self.model = model.to(device, memory_format=torch.channels_last).eval()
         self.card, self.classes, self.size, self.device = card, card["classes"], card["size"], device
+        self.tta = tta
         self.mean, self.std = (torch.tensor(card[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
 
     def __call__(self, images):
@@ -85,7 +92,7 @@ class Predictor:
             x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
             x = x.float().div_(255).sub_(self.mean).div_(self.std)
             with torch.inference_mode():
-                logits = self.model(x)
+                logits = (self.model(x) + self.model(x.flip(3))) / 2 if self.tta else self.model(x)
             yield pixels, x, logits.cpu().double().log_softmax(1).exp().numpy()
 
     def decoded(self, images):
@@ -151,9 +158,10 @@ def main(argv):
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
     p.add_argument("images", nargs="+", help="image files, and folders of them (with what is in their folders)")
     p.add_argument("--explain", metavar="DIR", help="also write a GradCAM picture an image: DIR/<row>-<name>.png")
+    p.add_argument("--tta", action="store_true", help="look at each image's mirror image too; as a rule more accurate")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     args = p.parse_args(argv)
-    predict, files, row = load(args.run, args.device), find(args.images), 1
+    predict, files, row = load(args.run, args.device, args.tta), find(args.images), 1
     folder = args.explain and Path(args.explain).expanduser()
     if folder:
         try:

@@ -89,6 +89,8 @@ def headline(args, env, rows, summary, live):
         s, images = summary, env["images"]["test"]
         reached = s["epochs_to_target"]
         held = "" if s["chosen_on"] == "valid" else "; test chose the weights, so it is too good"
+        if s.get("tta_test_acc") is not None:
+            held = f"; {s['tta_test_acc']:.4f} with mirror images (tta){held}"
         return [
             ["test accuracy", f"{s['test_acc']:.4f}", f"{images - s['mistakes']:,} of {images:,} images right{held}"],
             ["weights kept", f"epoch {s['best_epoch']}",

@@ -63,7 +63,7 @@ def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, 
     best = callbacks.KeepBest()
     learn.fit(1, 0.05, cbs=best)
     run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.05, params=1)
-    monkeypatch.setattr(evaluate, "outcome", lambda learn, dl: outcome_with(learn, wrong))
+    monkeypatch.setattr(evaluate, "outcome", lambda learn, dl, mirror=False: outcome_with(learn, wrong))
     learn.dls.loaders[1] = learn.dls.valid = learn.dls.test
     shown = []
     draw = plots.gradcam
@@ -86,14 +86,42 @@ def test_the_summary_is_of_the_kept_weights(make):
     loss, acc = learn.loss_and_accuracy(learn.dls.valid, float32=True)
     valid, test = (evaluate.outcome(learn, dl) for dl in (learn.dls.valid, learn.dls.test))
     env = dict(chosen_on="valid", lr=0.05, params=9, images=dict(train=88))
-    s = evaluate.summarize(config, env, learn.recorder.rows, best.epoch_number, valid, test, learn.opt.opt)
+    s = evaluate.summarize(config, env, learn.recorder.rows, best.epoch_number, valid, test, learn.opt.opt, [0.5, 0.25])
     assert (s["valid_acc"], s["valid_loss"]) == (pytest.approx(acc), pytest.approx(loss, rel=1e-5))
+    assert (s["tta_valid_acc"], s["tta_test_acc"]) == (0.5, 0.25)
     assert s["valid_acc"] == max(row["valid_acc"] for row in learn.recorder.rows)
     first = next(row for row in learn.recorder.rows if row["test_acc"] >= 0.3)
     assert (s["epochs_to_target"], s["seconds_to_target"]) == (first["epoch"], first["seconds"])
     weights = sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
     assert s["optimizer_state_bytes"] == 4 * weights and s["peak_rss_bytes"] > 1e8
     assert valid[2].mean() == pytest.approx(F.nll_loss(torch.tensor(valid[1]).log(), torch.tensor(valid[0])).item())
+
+
+def test_accuracy_with_mirror_images_is_of_the_mean_of_the_logits(make):
+    _, learn = make()
+    dl, side = learn.dls.test, learn.dls.store.size
+    learn.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * side**2, len(learn.dls.vocab)))
+    right = alone = n = 0
+    for x, z, y in learn.logits(dl):
+        with torch.no_grad():
+            turned = learn.model(x[..., torch.arange(side - 1, -1, -1)])
+        right, alone, n = right + ((z + turned).argmax(1) == y).sum(), alone + (z.argmax(1) == y).sum(), n + len(y)
+    found = evaluate.tta_accuracy(learn, dl, evaluate.outcome(learn, dl))
+    assert found == pytest.approx(right / n) != pytest.approx(alone / n)
+
+
+@pytest.mark.parametrize("flips", [[], ["--no-flip"]])
+def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, flips, capsys):
+    config, learn = make("--out", tmp_path, "--gallery", 0, *flips)
+    best = callbacks.KeepBest()
+    learn.fit(1, 0.02, cbs=best)
+    run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.02, params=1)
+    evaluate.report(learn, config, run, learn.recorder.rows, best)
+    summary, told = json.loads((run / "summary.json").read_text()), capsys.readouterr().out
+    for name in ("valid", "test"):
+        dl, found = getattr(learn.dls, name), summary[f"tta_{name}_acc"]
+        assert found == (None if flips else evaluate.tta_accuracy(learn, dl, evaluate.outcome(learn, dl)))
+    assert ("mirror image (tta)" in told) == (not flips)
 
 
 def rows_of(n, chosen=True):

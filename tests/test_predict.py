@@ -80,6 +80,28 @@ def test_predictions_are_those_of_evaluation(trained, evaluated, capsys):
     assert np.abs([float(row["probability"]) for row in rows] - p.max(1)).max() <= 5e-7
 
 
+def test_tta_looks_at_mirror_images_too(trained, evaluated, capsys, tmp_path):
+    run, root = trained
+    paths, targets, p = evaluated
+    pixels = [predict.as_seen(path, 32) for path in paths]
+    turned = predict.load(run, "cpu")([image[:, ::-1] for image in pixels])[1]
+    both = np.sqrt(p * turned)  # the mean of logits
+    found = predict.load(run, "cpu", tta=True)(paths)[1]
+    assert np.abs(found - both / both.sum(1, keepdims=True)).max() < 1e-6 < np.abs(found - p).max()
+    summary = json.loads((run / "summary.json").read_text())
+    assert np.mean(found.argmax(1) == targets) == summary["tta_test_acc"]
+    status, rows, _ = table([run, *paths, "--tta"], capsys)
+    assert status == 0 and np.abs([float(row["probability"]) for row in rows] - found.max(1)).max() <= 5e-7
+    shutil.copytree(run / "weights", tmp_path / "weights")
+    for flip in (False, None):  # None: a run of before
+        card = json.loads((run / "weights/model.json").read_text())
+        card.pop("flip") if flip is None else card.update(flip=flip)
+        (tmp_path / "weights/model.json").write_text(json.dumps(card))
+        status, rows, err = table([tmp_path, root, "--tta"], capsys)
+        assert status == 2 and rows == [] and err.startswith("error: --tta:") and err.count("\n") == 1
+        assert table([tmp_path, root], capsys)[0] == 0
+
+
 def test_batches_and_threads_change_nothing(trained, monkeypatch):
     run, root = trained
     use, files = predict.load(run, "cpu"), predict.find([root])

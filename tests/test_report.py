@@ -97,6 +97,10 @@ def test_the_page_is_of_the_folder_alone(tmp_path):
     run = tmp_path / "elsewhere/run"
     data = data_of(run / "report.html")
     assert data["headline"][0] == ["test accuracy", "0.8000", "78 of 90 images right"] and data["kept"] == 5
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "tta_test_acc": 0.8123}))
+    data = data_of(report.write(run))
+    assert data["headline"][0][2] == "78 of 90 images right; 0.8123 with mirror images (tta)"
     assert data["rows"]["test_acc"] == pytest.approx([row["test_acc"] for row in rows_of(6, 0.8)], rel=1e-5)
     assert data["cuts"] == [3.5] and data["range"]["loss"][-1] is None
     assert data["confusion"] == [[25, 2, 2], [2, 25, 2], [2, 2, 25]]
