@@ -38,7 +38,7 @@ COMMON = dict(
 )  # fmt: skip
 SOURCES = {
     # cutout: the paper's for CIFAR-10; threshold: the loss of an average creeps on where it hardly falls any more
-    "cifar10": {"model": "large", "label_smoothing": 0.1, "cutout": 16, "ema": 0.999, "threshold": 0.04},
+    "cifar10": {"label_smoothing": 0.1, "cutout": 16, "ema": 0.999, "threshold": 0.04},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 # So does a schedule.
@@ -98,7 +98,7 @@ class Config:
         "auto", "images a step; auto: 128, fewer where that is under 20 steps", "-b", choices=AUTO, low=1, high=10**6
     )
     model: str = option(
-        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; cifar10 large, digits small)"
+        None, f"{', '.join(MODELS)}, or a torchvision classifier such as resnet18 (medium; digits small)"
     )
     pretrained: str = option(
         "", "start from weights: torchvision's own, or FILE (.pth state dict, .safetensors)", alone="torchvision"

@@ -57,10 +57,9 @@ def test_a_network_has_the_convolutions_that_its_arguments_say_and_its_card_rebu
     models.rebuild({"architecture": "SmallResNet", "args": args}).load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["small", "medium"])
-def test_squeeze_excite_scales_channels(name):
+def test_squeeze_excite_scales_channels():
     torch.manual_seed(0)
-    model = models.build(name, 4).eval()
+    model = models.build("small", 4).eval()
     block = next(m for m in model.modules() if isinstance(m, models.SqueezeExcite))
     x = torch.randn(2, block.scale[0].in_features, 5, 5)
     ratio = block(x) / x
