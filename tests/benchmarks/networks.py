@@ -23,6 +23,7 @@ from tests.benchmarks.common import machine, save
 WIDE = dict(stem=24, widths=(64, 128, 256))
 CANDIDATES = {
     **{name: args for name, (_, args) in models.MODELS.items()},
+    "32,96,256": dict(stem=24, widths=(32, 96, 256)),
     "64,256,256": dict(stem=24, widths=(64, 256, 256)),
     "64,128,256": WIDE,
     "64,128,256 not whitening": {**WIDE, "whiten": False},

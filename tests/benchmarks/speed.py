@@ -1,6 +1,6 @@
 """Images a second of stock fastai, of this project, and of the same network on one batch that never leaves memory.
 
-uv run python -m tests.benchmarks.speed [--data FOLDER] [--model large] [--images 2560] [--rounds 5] [--out FILE]
+uv run python -m tests.benchmarks.speed [--data FOLDER] [--model medium] [--images 2560] [--rounds 5] [--out FILE]
 
 The three run in turn, round after round, stock fastai in a process of its own, as a fastai user has it; medians and
 ratios of the rounds are printed and written to results/speed.json. What is timed is training from the first batch of
@@ -210,7 +210,7 @@ def command_seconds(argv, times=3):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", help="a folder with train/ and test/ in class folders; default: generated images")
-    p.add_argument("--model", default="large")
+    p.add_argument("--model", default="medium")
     p.add_argument("--images", type=int, default=2560, help="training images a round")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--batch-size", type=int, default=128)
