@@ -33,12 +33,12 @@ MOST_VARIANTS = 1000  # in one comparison
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = dict(
-    epochs=50, model="medium", flip=True, label_smoothing=0, cutout=8, pct_start=0.25, cycle_length=0.2,
+    epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2,
     ema=0.0, threshold=1e-4
 )  # fmt: skip
 SOURCES = {
-    # cutout: the paper's for CIFAR-10; threshold: the loss of an average creeps on where it hardly falls any more
-    "cifar10": {"label_smoothing": 0.1, "cutout": 16, "ema": 0.999, "threshold": 0.04},
+    # threshold: the loss of an average creeps on where it hardly falls any more
+    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 # So does a schedule.
@@ -154,7 +154,7 @@ class Config:
         None, "an average of the weights is evaluated and kept; its decay a step; 0: none (0; cifar10 0.999)",
         low=0, high=0.99999
     )  # fmt: skip
-    cutout: int = option(None, "cutout's side, in pixels of a 32-pixel side; 0: none (8; cifar10 16)", low=0, high=64)
+    cutout: int = option(8, "cutout's side, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally at random (on; digits off)")
     precision: str = option(
