@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -63,6 +64,8 @@ def results(
         trace = np.array([[r["lr"], r.get("momentum", 0.0)] for r in rows])
     at = 0.5 + np.arange(len(trace)) * len(rows) / len(trace)  # the steps of epoch e lie around its mark
     bottom.semilogy(at, trace[:, 0], color=GREEN, drawstyle="steps-post")
+    bottom.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    bottom.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 2)))
     bottom.set(ylabel="learning rate", xlabel="epoch")
     right = bottom.twinx()
     right.plot(at, trace[:, 1], "--", color=ORANGE, lw=1.2, drawstyle="steps-post")
