@@ -66,7 +66,8 @@ def results(
     bottom.semilogy(at, trace[:, 0], color=GREEN, drawstyle="steps-post")
     bottom.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     bottom.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 2)))
-    bottom.set(ylabel="learning rate", xlabel="epoch")
+    rates = trace[trace[:, 0] > 0, 0]
+    bottom.set(ylabel="learning rate", xlabel="epoch", ylim=(rates.min() / 3, rates.max() * 3))  # room for two labels
     right = bottom.twinx()
     right.plot(at, trace[:, 1], "--", color=ORANGE, lw=1.2, drawstyle="steps-post")
     right.set(ylim=(0, 1))

@@ -6,6 +6,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch.nn import functional as F
 
 from lib import callbacks, evaluate, plots, runs
@@ -140,6 +141,21 @@ def rows_of(n, chosen=True):
         )
         for i, lr in enumerate(lrs)
     ]
+
+
+@pytest.mark.parametrize("cuts", [0, 1, 2, 3, 4, 8])
+def test_labels_of_the_rate_do_not_touch(cuts):
+    rows = [{**row, "lr": 0.0756 * 0.3 ** min(i, cuts)} for i, row in enumerate(rows_of(10))]
+    figure = plots.results(rows, "a run")
+    FigureCanvasAgg(figure).draw()
+    axis = figure.axes[2].yaxis
+    labels = [t for minor in (False, True) for t in axis.get_ticklabels(minor=minor) if t.get_text()]
+    low, high = figure.axes[2].get_window_extent().intervaly
+    boxes = sorted(
+        b.intervaly.tolist() for b in (t.get_window_extent() for t in labels) if low < b.intervaly.mean() < high
+    )
+    assert len(boxes) >= 2
+    assert all(below[1] <= above[0] for below, above in zip(boxes, boxes[1:]))
 
 
 def test_figures_say_what_they_show():
