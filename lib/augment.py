@@ -71,9 +71,25 @@ class CropFromPadding(A.ImageOnlyTransform):
         return {"y": self.py_random.randrange(h + spare + 1), "x": self.py_random.randrange(w + spare + 1)}
 
 
+class AlternatingFlip(A.ImageOnlyTransform):
+    """Flips left to right in every other epoch; a coin, tossed once an image, says whether in the even or the odd ones.
+
+    So the network sees each image's two sides equally often, and two epochs in a row show twice as many views. Jordan
+    (arXiv 2404.00498) found it better than a random flip wherever flipping helps.
+    """
+
+    turned = False  # set by AlbumentationsTransform, which knows epoch and image
+
+    def __init__(self, p=1.0):
+        super().__init__(p=p)
+
+    def apply(self, img, **params):
+        return cv2.flip(img, 1) if self.turned else img
+
+
 # Transforms that draw from py_random alone and change images alone: they need nothing that A.Compose does around them,
 # which takes more time than they do.
-LEAN = (CropFromPadding, A.HorizontalFlip, Cutout)
+LEAN = (CropFromPadding, AlternatingFlip, Cutout)
 
 
 class AlbumentationsTransform(Transform):
@@ -95,6 +111,7 @@ class AlbumentationsTransform(Transform):
         cv2.setNumThreads(0)
         self.compose, self.seed = A.Compose(transforms, strict=True), seed
         self.lean = all(type(t) in LEAN for t in self.compose.transforms)
+        self.flips = [t for t in self.compose.transforms if isinstance(t, AlternatingFlip)]
 
     def apply(self, image, epoch, index):
         """`image`, (h, w, 3) uint8, as epoch `epoch` sees the image numbered `index`."""
@@ -103,6 +120,9 @@ class AlbumentationsTransform(Transform):
             self._state = self._philox.state
             self.compose.set_random_state(np.random.Generator(self._philox), self._py_random)
         chance = self._py_random
+        for flip in self.flips:
+            chance.seed((1 << 128) | (self.seed << 96) | index)  # no epoch has these draws
+            flip.turned = (chance.random() < 0.5) == bool(epoch % 2)
         chance.seed((self.seed << 96) | (epoch << 64) | index)
         if not self.lean:
             self._state["state"]["counter"][:] = (0, index, epoch, 0)
@@ -146,7 +166,7 @@ def train_transforms(config, size, fill):
     scaled = lambda pixels: round(pixels * size / 32)
     transforms = [CropFromPadding(size, scaled(config.crop_padding))]
     if config.flip:
-        transforms.append(A.HorizontalFlip(p=0.5))
+        transforms.append(AlternatingFlip())
     if config.cutout:
         transforms.append(Cutout(max(scaled(config.cutout), 1), tuple(fill)))
     return transforms

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import augment, data
-from lib.augment import AlbumentationsTransform, CropFromPadding, Cutout
+from lib.augment import AlbumentationsTransform, AlternatingFlip, CropFromPadding, Cutout
 from tests.conftest import fingerprint
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 def pipeline(seed=0):
-    return AlbumentationsTransform([CropFromPadding(32, 4), A.HorizontalFlip(p=0.5), Cutout(8, (1.0, 2.0, 3.0))], seed)
+    return AlbumentationsTransform([CropFromPadding(32, 4), AlternatingFlip(), Cutout(8, (1.0, 2.0, 3.0))], seed)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image():
@@ -44,7 +44,7 @@ def test_workers_do_not_change_the_data(make):
 
 
 def test_the_short_way_gives_what_compose_gives():
-    """Our own transforms and the flip run without A.Compose around them: same draws, same images."""
+    """Our own transforms run without A.Compose around them: same draws, same images."""
     short, whole = pipeline(5), pipeline(5)
     assert short.lean
     whole.lean = False
@@ -53,6 +53,16 @@ def test_the_short_way_gives_what_compose_gives():
         for image in (IMAGE, tall):
             assert (short.apply(image, 2, i) == whole.apply(image, 2, i)).all()
     assert not AlbumentationsTransform([A.VerticalFlip()]).lean
+
+
+def test_an_image_is_flipped_in_every_other_epoch():
+    one, two = (AlbumentationsTransform([AlternatingFlip()], seed) for seed in (0, 1))
+    turned = lambda flips, epoch: [not (flips.apply(IMAGE, epoch, i) == IMAGE).all() for i in range(400)]
+    first = turned(one, 0)
+    assert all((one.apply(IMAGE, 0, i) == IMAGE[:, ::-1]).all() for i in range(400) if first[i])
+    for epoch in range(1, 5):
+        assert turned(one, epoch) == [flipped ^ (epoch % 2) for flipped in first]
+    assert 150 < sum(first) < 250 and 150 < sum(a != b for a, b in zip(first, turned(two, 0))) < 250
 
 
 def test_each_transform_draws_for_itself():
