@@ -58,8 +58,8 @@ def train(config):
         asked, config = config, dataclasses.replace(config, batch_size=dls.train.bs)
         learner.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
-        models.cam_layer(model, dls.store.size)  # a network that cannot be explained is refused before it is trained
-        models.check_batches(model, config, len(dls.train.ids), dls.store.size, ranks.world())
+        side = models.smallest_side(model, config, dls.store.size)  # what cannot be explained is not trained
+        models.check_batches(model, config, len(dls.train.ids), side, ranks.world())
         learn = learner.build(config, dls, model, precision)
         facts = learner.facts(config, learn, precision, threads)
         if config.dry_run:
@@ -78,7 +78,7 @@ def train(config):
             else:
                 if dls.store.skipped:
                     runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
-                evaluate.save_train_batch(learn, run)
+                evaluate.save_train_batch(learn, config, run)
                 run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE, config.flip))
                 lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
                 run.note(lr=lr)

@@ -100,13 +100,15 @@ def save_gallery(run, rows, images, why, where):
     write_json(run / "gallery.json", found)
 
 
-def save_train_batch(learn, run, most=32):
+def save_train_batch(learn, config, run, most=32):
     """Writes train_batch.png: the first images of training as augmentation feeds them to the network."""
     dl = learn.dls.train
     at = dl.get_idxs()[:most]
     x, y = dl.do_batch(at)
     labels = [learn.dls.vocab[int(i)] for i in y]
     title = "What the network is fed: the first training images, augmented"
+    if config.small_epochs:
+        title += f"\n(for {config.small_epochs} epochs at {learn.side} x {learn.side} pixels)"
     write_figure(run / "train_batch.png", plots.train_batch(x.permute(0, 2, 3, 1).numpy(), labels, title))
 
 
@@ -183,8 +185,9 @@ def report(learn, config, run, rows, best):
     steps = len(learn.dls.train)
     trace = schedules.trace(dataclasses.replace(config, lr=run.env["lr"]), steps, values)[: steps * len(rows)]
     plateaus = config.schedule in ("plateau", "grow_batch")
+    small = (config.small_epochs, models.small_side(learn.dls.store.size)) if config.small_epochs else None
     shown = (config.target, best.epoch_number, chosen_on, trace, plateaus, config.label_smoothing, config.ema > 0)
-    write_figure(run / "results.png", plots.results(rows, title, *shown))
+    write_figure(run / "results.png", plots.results(rows, title, *shown, small))
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (test[0], test[1].argmax(1)), 1)
     table = [[name, *row] for name, row in zip(classes, counts.tolist())]

@@ -22,10 +22,9 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
-from lib import ranks, runs
-from lib.callbacks import EMA, EpochRecorder, Freeze, GradNoise, mixed
+from lib import models, ranks, runs
+from lib.callbacks import EMA, EpochRecorder, Freeze, GradNoise, SmallImages, mixed
 from lib.config import MOMENTUM, BadInput
-from lib.models import head
 from lib.runs import cpu_name
 from lib.schedules import Plateau, plateau_options
 
@@ -47,7 +46,7 @@ def decay_split(model):
 
 def body(model):
     """The parameters that stay while a new head learns: all but those of the head and of norms (fastai's freeze)."""
-    learning = [m for m in model.modules() if isinstance(m, NORMS) or m is head(model)]
+    learning = [m for m in model.modules() if isinstance(m, NORMS) or m is models.head(model)]
     ids = {id(p) for m in learning for p in m.parameters(recurse=False)}
     return [p for p in model.parameters() if id(p) not in ids]
 
@@ -118,9 +117,11 @@ class SGDLearner(Learner):
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback has put back one that was cut short
         self.parallel = None  # the model as `ranks.DataParallel` trains it
         self.average = None  # the model as `callbacks.EMA` averages it
+        self.side = None  # pixels that images are brought to on their way into the model, by `callbacks.SmallImages`
         self.epochs_trained = 0  # over all fits: what order and augmentation of the next epoch are a function of
         device = torch.device(dls.device or "cpu")
-        model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        model = model.to(device, memory_format=self.layout)
         opt_func = partial(OptimWrapper, opt=partial(OPTIMIZERS[optimizer], mom=mom))
         own = dict(lr=lr, splitter=decay_split, wd=[wd, 0.0], moms=(mom, mom, mom), default_cbs=False)
         cbs = [TrainEvalCallback(), EpochRecorder(), *(cbs or [])]
@@ -150,6 +151,14 @@ class SGDLearner(Learner):
 
     def _split(self, b):
         super()._split(tuple(t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t for t in b))
+        self.xb = tuple(self.resized(x) for x in self.xb)
+
+    def resized(self, x):
+        """Images (n, 3, h, w) at `side` x `side` pixels, bilinear and antialiased as Pillow has it; or as they are."""
+        if self.side is None:
+            return x
+        how = dict(mode="bilinear", antialias=True)
+        return nn.functional.interpolate(x, (self.side, self.side), **how).contiguous(memory_format=self.layout)
 
     def _do_one_batch(self):
         if self.training:  # what networks draw (dropout) is a function of (seed, epoch, batch, rank), and no state
@@ -238,7 +247,7 @@ class SGDLearner(Learner):
             model.eval()
             for b in dl:
                 x, *y = (t.as_subclass(torch.Tensor) for t in self._set_device(b))
-                x = x.flip(3) if mirror else x
+                x = self.resized(x.flip(3) if mirror else x)
                 with self.autocast() if not float32 else torch.autocast(x.device.type, enabled=False):
                     logits = model(x).float()
                 yield x, logits, y[0] if y else None
@@ -316,6 +325,8 @@ def build(config, dls, model, precision="float32", cbs=None):
     kind, weight = (WeightedLoss, class_weights(dls)) if config.class_weights else (CrossEntropyLossFlat, None)
     loss = kind(weight=weight, label_smoothing=config.label_smoothing)
     cbs = list(cbs or [])
+    if config.small_epochs:
+        cbs.append(SmallImages(config.small_epochs, models.small_side(dls.store.size)))
     if config.freeze_epochs:
         cbs.append(Freeze(body(model), config.freeze_epochs))
     if config.grad_noise:
@@ -379,10 +390,12 @@ def banner(config, facts, where):
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
     if facts["skipped"]:
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
+    small, side = config.small_epochs, facts["size"]
+    at_first = f" ({models.small_side(side)} x {models.small_side(side)} for {small} epochs)" if small else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
-        f"{config.data}: {images}; {len(facts['classes'])} classes, {facts['size']} x {facts['size']} pixels\n"
+        f"{config.data}: {images}; {len(facts['classes'])} classes, {side} x {side} pixels{at_first}\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )

@@ -49,7 +49,7 @@ class Residual(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network for small images: a stem, then stages that each halve the side and add a residual block.
+    """A residual network for small images: a stem, then stages that each halve the side and add residual blocks.
 
     Maps (n, 3, h, w) to logits (n, n_classes); h and w at least 9.
     """
@@ -59,19 +59,20 @@ class SmallResNet(nn.Module):
         n_classes,  # length of the output
         stem,  # channels of the first convolution, at full resolution; even, at most 24 where it is to whiten
         widths,  # channels of the stages, at 1/2, 1/4, 1/8 of the side
-        depths=(1, 1, 1),  # convolutions in the residual block of each
+        depths=(1, 1, 1),  # convolutions in the residual blocks of each, at most two a block
         squeeze=True,  # whether the blocks end in a SqueezeExcite
     ):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 2), nn.SiLU())
         each = zip([stem, *widths[:-1]], widths, depths, strict=True)
-        block = lambda a, b, depth: nn.Sequential(ConvPoolNorm(a, b, pool=True), Residual(b, depth, squeeze))
-        self.stages = nn.Sequential(*(block(*args) for args in each))
+        residuals = lambda width, depth: [Residual(width, min(2, depth - i), squeeze) for i in range(0, depth, 2)]
+        stage = lambda a, b, depth: nn.Sequential(ConvPoolNorm(a, b, pool=True), *residuals(b, depth))
+        self.stages = nn.Sequential(*(stage(*args) for args in each))
         self.head = nn.Linear(widths[-1], n_classes)
 
     @torch.no_grad()
     def whiten(self, images, eps=5e-4):
-        """Sets the first convolution from `images` (n, 3, h, w), normalised, and holds its weights there.
+        """Sets the first convolution from `images` (n, 3, h, w), normalised, and holds it there.
 
         Its outputs are then uncorrelated and of variance 1 on their 2 x 2 patches: eigenvectors of the patches'
         covariance, the largest first, over the roots of their eigenvalues (+ eps); then the negatives of the same
@@ -85,8 +86,9 @@ class SmallResNet(nn.Module):
         filters = (
             (vectors / (values + eps).sqrt()).T.flip(0)[: len(conv.weight) // 2].reshape(-1, *conv.weight[0].shape)
         )
-        conv.weight.copy_(torch.cat([filters, -filters])).requires_grad_(False)
+        conv.weight.copy_(torch.cat([filters, -filters]))
         conv.bias.zero_()
+        conv.requires_grad_(False)  # of the bias too: its gradient alone would take a tenth of a step
 
     def forward(self, x):
         x = self.stages(self.stem(x))
@@ -103,7 +105,7 @@ MOST = 65536  # of each number in a model.json
 # name -> constructor(n_classes, **args), args
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
-    "medium": (SmallResNet, dict(stem=24, widths=(64, 128, 256), depths=(1, 2, 1), squeeze=False)),
+    "medium": (SmallResNet, dict(stem=24, widths=(64, 128, 256), depths=(1, 4, 1), squeeze=False)),
     "large": (SmallResNet, dict(stem=24, widths=(64, 256, 256), depths=(2, 2, 1), squeeze=False)),
 }
 
@@ -245,6 +247,23 @@ def cam_layer(model, size):
     if not fitting:
         raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
     return own if own in fitting else fitting[-1]
+
+
+def small_side(size):
+    """The side of the images of --small-epochs, in pixels, where it is `size` behind them."""
+    return size * 3 // 4
+
+
+def smallest_side(model, config, size):
+    """The side of the smallest images of a run. Raises BadInput where `model` does not take them, or no GradCAM it."""
+    cam_layer(model, size)
+    if not config.small_epochs:
+        return size
+    try:
+        cam_layer(model, small_side(size))
+    except BadInput as e:
+        raise BadInput(f"{e}, or --small-epochs 0") from None
+    return small_side(size)
 
 
 def check_batches(model, config, n, size, ranks=1):

@@ -36,8 +36,9 @@ def results(
     plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
     label_smoothing=0.0,  # that the training loss has and the others have not
     averaged=False,  # whether an average of the weights was evaluated
+    small=None,  # (epochs, side): so long images were of so many pixels
 ):
-    """Accuracy, loss, learning rate and momentum over the epochs; plateaus as vertical lines."""
+    """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus and where images grow."""
     figure, ((top,), (middle,), (bottom,)) = axes(9, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
     epochs = [r["epoch"] for r in rows]
     acted = lambda a, b: b["lr"] < a["lr"] or b.get("batch_size", 0) > a.get("batch_size", 0)
@@ -78,6 +79,9 @@ def results(
         for i, cut in enumerate(cuts):
             label = "plateau: rate reduced, or batch grown" if i == 0 and ax is top else None
             ax.axvline(cut, color=GREY, lw=1, ls="--", alpha=0.6, label=label)
+        if small and small[0] < len(rows):
+            label = f"before: images of {small[1]} x {small[1]} pixels" if ax is top else None
+            ax.axvline(small[0] + 0.5, color=BLUE, lw=1.5, ls=":", label=label)
         plain(ax)
     top.legend(loc="lower right")
     middle.legend(loc="upper right")

@@ -9,6 +9,7 @@ from lib import callbacks, checkpoint
 from train_fastai import main
 
 ARGS = "--size 32 --model small --epochs 4 --lr 0.05 -b 16 --patience-epochs 0 --threshold 0.5 --gallery 2".split()
+ARGS += ["--small-epochs", "1"]
 COMPARED = ("weights/best.safetensors", "mistakes.csv", "confusion_matrix.csv")
 
 
@@ -101,7 +102,7 @@ def test_no_whole_checkpoint_is_one_line(damage, whole, bands, tmp_path, capsys)
     [
         (["--momentum", "0.5"], "--momentum: 0.5 would change the result"),
         (["--seeds", "1"], "--seeds"),
-        (["--epochs", "1"], "--epochs"),
+        (["--epochs", "2"], "--epochs"),
         (["--data", "digits"], "--data digits: its images are not those"),
         (["--lr-find-only"], "--lr-find-only"),
     ],
@@ -122,7 +123,7 @@ def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
 
 def test_the_checkpoint_is_a_plain_state_dict_whose_every_value_is_under_its_checksum(whole):
     plain = torch.load(whole / "weights/last.pt", weights_only=True)
-    assert plain["format"] == 1 and plain["epochs_trained"] == 4
+    assert plain["format"] == 2 and plain["epochs_trained"] == 4
     found = plain.pop("checksum")
     del plain["format"]
     assert checkpoint.checksum(plain) == found

@@ -50,7 +50,7 @@ def test_a_step_is_plain_sgd_with_momentum_and_l2(make):
     model.train()
     for x, y in batches:
         loss = F.cross_entropy(model(x), y)
-        learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]  # the stem's filters stay
+        learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]  # the stem stays
         grads = torch.autograd.grad(loss, [p for _, p in learning])
         with torch.no_grad():
             for (n, p), g in zip(learning, grads):
@@ -61,7 +61,9 @@ def test_a_step_is_plain_sgd_with_momentum_and_l2(make):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), n
     groups = learn.opt.opt.param_groups
     assert [g["weight_decay"] for g in groups] == [0.01, 0.0] and {g["momentum"] for g in groups} == {0.8}
-    assert len(groups[1]["params"]) == len(spared) and sum(len(g["params"]) for g in groups) == len(learning)
+    assert len(groups[1]["params"]) == sum(n in spared for n, _ in learning) and sum(
+        len(g["params"]) for g in groups
+    ) == len(learning)
 
 
 def test_the_training_loss_is_the_mean_over_images(make):
@@ -139,7 +141,7 @@ def test_evaluation_equals_plain_torch_and_changes_nothing(make):
     assert ours == learn.validate(0) and theirs.mean().item() == pytest.approx(loss, rel=1e-5)
     z, y = torch.cat(logits), torch.cat(y)
     assert loss == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
-    assert acc == (z.argmax(1) == y).float().mean().item() == pytest.approx(learn.recorder.rows[-1]["test_acc"])
+    assert acc == (z.argmax(1) == y).double().mean().item() == pytest.approx(learn.recorder.rows[-1]["test_acc"])
 
 
 def test_a_fit_with_looks_equals_a_fit_without(make):
@@ -204,7 +206,7 @@ def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
 
 def test_the_best_weights_are_those_of_the_best_valid_accuracy():
     keep, model = callbacks.KeepBest(), torch.nn.Linear(1, 1)
-    keep.learn = learn = SimpleNamespace(evaluated=model, recorder=SimpleNamespace(rows=[]))
+    keep.learn = learn = SimpleNamespace(evaluated=model, recorder=SimpleNamespace(rows=[]), side=None)
     scores = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)]
     for epoch, (acc, loss) in enumerate(scores, 1):
         torch.nn.init.constant_(model.weight, epoch)

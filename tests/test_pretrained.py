@@ -147,7 +147,7 @@ def test_one_rate_under_the_schedule_and_a_range_test_of_the_whole_network(tuned
     config, learn = tuned("--epochs", 2, "--schedule", "one_cycle")
     assert config.freeze_epochs == 1
     before = state_of(learn)
-    learn.lr_find(num_it=12, stop_div=False)
+    learn.lr_find(num_it=20, stop_div=False)
     assert state_of(learn) == before
     rates = []
 
