@@ -34,11 +34,11 @@ ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend 
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = dict(
     epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2,
-    ema=0.0, threshold=1e-4, cutout=8
+    ema=0.0, threshold=1e-4
 )  # fmt: skip
 SOURCES = {
     # threshold: the loss of an average creeps on where it hardly falls any more
-    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04, "cutout": 12},
+    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 # So does a schedule.
@@ -106,9 +106,7 @@ class Config:
     freeze_epochs: int = option(
         None, "epochs in which a pretrained body stays and its new head learns (1 with --pretrained)", low=0
     )
-    small_epochs: int = option(
-        None, "first epochs on images of 3/4 of the side, progressive resizing (0; cifar10 a fifth of all)", low=0
-    )
+    small_epochs: int = option(0, "first epochs, on images of 3/4 of the side: progressive resizing", low=0)
     size: int = option(
         "auto", "image side in pixels; auto: 32 for cifar10 and digits, else 128", choices=AUTO, low=16, high=1024
     )
@@ -157,7 +155,7 @@ class Config:
         None, "an average of the weights is evaluated and kept; its decay a step; 0: none (0; cifar10 0.999)",
         low=0, high=0.99999
     )  # fmt: skip
-    cutout: int = option(None, "cutout's side, in pixels of a 32-pixel side; 0: none (8; cifar10 12)", low=0, high=64)
+    cutout: int = option(8, "cutout's side, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally in every other epoch (on; digits off)")
     precision: str = option(
@@ -195,7 +193,6 @@ class Config:
             object.__setattr__(self, f.name, check(f, own.get(f.name) if value is None else value))
             if f.name == "epochs":
                 own["patience_epochs"] = max(self.epochs // 10, 1)
-                own["small_epochs"] = self.epochs // 5 if self.data == "cifar10" else 0
         if self.perturb_on_plateau and not self.grad_noise:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:

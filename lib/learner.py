@@ -348,7 +348,12 @@ def set_threads(config):
 
 
 def keep_memory():
-    """Has the C library (glibc) keep what freed tensors held; else the system clears the same pages in every step."""
+    """Has large tensors in huge pages, and the C library (glibc) keep what freed ones held; both as Linux allows.
+
+    Else the system clears the same pages in every step, and the chip looks up each 4 kB of a tensor. Call it before the
+    first tensor is made: then torch reads what it is told (c10/core/impl/alloc_cpu.cpp).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor

@@ -49,7 +49,7 @@ class Residual(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network for small images: a stem, then stages that each halve the side and add residual blocks.
+    """A residual network for small images: a stem, then stages that each halve the side and add a residual block.
 
     Maps (n, 3, h, w) to logits (n, n_classes); h and w at least 9.
     """
@@ -59,15 +59,14 @@ class SmallResNet(nn.Module):
         n_classes,  # length of the output
         stem,  # channels of the first convolution, at full resolution; even, at most 24 where it is to whiten
         widths,  # channels of the stages, at 1/2, 1/4, 1/8 of the side
-        depths=(1, 1, 1),  # convolutions in the residual blocks of each, at most two a block
+        depths=(1, 1, 1),  # convolutions in the residual block of each
         squeeze=True,  # whether the blocks end in a SqueezeExcite
     ):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 2), nn.SiLU())
         each = zip([stem, *widths[:-1]], widths, depths, strict=True)
-        residuals = lambda width, depth: [Residual(width, min(2, depth - i), squeeze) for i in range(0, depth, 2)]
-        stage = lambda a, b, depth: nn.Sequential(ConvPoolNorm(a, b, pool=True), *residuals(b, depth))
-        self.stages = nn.Sequential(*(stage(*args) for args in each))
+        block = lambda a, b, depth: nn.Sequential(ConvPoolNorm(a, b, pool=True), Residual(b, depth, squeeze))
+        self.stages = nn.Sequential(*(block(*args) for args in each))
         self.head = nn.Linear(widths[-1], n_classes)
 
     @torch.no_grad()
@@ -105,7 +104,7 @@ MOST = 65536  # of each number in a model.json
 # name -> constructor(n_classes, **args), args
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
-    "medium": (SmallResNet, dict(stem=24, widths=(64, 128, 256), depths=(1, 4, 1), squeeze=False)),
+    "medium": (SmallResNet, dict(stem=24, widths=(64, 128, 256), depths=(1, 2, 1), squeeze=False)),
     "large": (SmallResNet, dict(stem=24, widths=(64, 256, 256), depths=(2, 2, 1), squeeze=False)),
 }
 

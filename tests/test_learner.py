@@ -2,6 +2,7 @@ import math
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,6 +262,23 @@ def test_freed_memory_is_kept_and_not_cleared_anew():
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     given_back, first, kept = map(int, out.split())
     assert first < 2 * given_back and kept < given_back / 50
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE.exists() or "[never]" in HUGE.read_text(), reason="no huge pages on this system")
+def test_large_tensors_lie_in_huge_pages():
+    script = """if 1:
+    import torch
+    from lib import data, learner, models
+    learner.keep_memory()
+    kept = torch.ones(2**24)
+    line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages"))
+    print(line.split()[1])
+    """
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert int(out) > 2**15  # kB; half of the tensor, as the system may not have as many at hand
 
 
 def test_label_smoothing_is_of_the_training_loss_alone(make):

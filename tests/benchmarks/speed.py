@@ -134,6 +134,7 @@ class Stock:
     @classmethod
     def serve(cls, connection, *args):
         """In a child process: a round for whatever comes."""
+        os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of the parent's `keep_memory`
         multiprocessing.set_start_method("fork", force=True)  # of its loader's workers, as in a script on Linux
         stock = cls(*args)
         while True:
@@ -258,6 +259,7 @@ def main():
     p.add_argument("--precision", default="auto")
     p.add_argument("--out", default="results/speed.json")
     args = p.parse_args()
+    learner.keep_memory()  # of the whole process: the ceiling has it too
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         root = folder / "images"
@@ -273,7 +275,6 @@ def main():
         device = models.pick_device(settings)
         precision = learner.pick_precision(settings, device)
         torch.manual_seed(0)
-        learner.keep_memory()  # of the whole process: the ceiling has it too
         ours = Ours(settings, device, precision, folder)
         with Stock.elsewhere(root, settings, device) as stock:
             ways = {
