@@ -108,7 +108,7 @@ def save_train_batch(learn, config, run, most=32):
     labels = [learn.dls.vocab[int(i)] for i in y]
     title = "What the network is fed: the first training images, augmented"
     if config.small_epochs:
-        title += f"\n(for {config.small_epochs} epochs at {learn.side} x {learn.side} pixels)"
+        title += f"\n(until epoch {config.small_epochs} at {learn.side} x {learn.side} pixels)"
     write_figure(run / "train_batch.png", plots.train_batch(x.permute(0, 2, 3, 1).numpy(), labels, title))
 
 

@@ -395,8 +395,8 @@ def banner(config, facts, where):
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
     if facts["skipped"]:
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
-    small, side = config.small_epochs, facts["size"]
-    at_first = f" ({models.small_side(side)} x {models.small_side(side)} for {small} epochs)" if small else ""
+    last, side = config.small_epochs, facts["size"]
+    at_first = f" ({models.small_side(side)} x {models.small_side(side)} until epoch {last})" if last else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
