@@ -308,10 +308,10 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
             self.learn.dls.train.bs = self.growths[-1][1]
 
 
-class Freeze(Callback):
-    """In the first epochs `parameters` stay: without a gradient no optimizer touches them, their decay or their state.
+class Hold(Callback):
+    """In some epochs `parameters` stay: without a gradient no optimizer touches them, their decay or their state.
 
-    What is frozen is a function of the epochs trained, as fits that are resumed need it. One learning rate drives all.
+    What stays is a function of the epochs trained, as fits that are resumed need it. One learning rate drives all.
     """
 
     order = 61  # ahead of gradient noise, which is of what has a gradient
@@ -319,14 +319,26 @@ class Freeze(Callback):
     def __init__(
         self,
         parameters,  # those that stay
-        epochs,  # so long, counted over all fits
+        epochs,  # in which they do, counted over all fits: a range
     ):
-        self.parameters, self.epochs = parameters, epochs
+        self.parameters, self.epochs = [p for p in parameters if p.requires_grad], epochs
+
+    def before_train(self):
+        self.held = self.learn.epochs_trained in self.epochs
+        if not self.learn.parallel:  # which waits for all the gradients that it has seen at its start
+            self.learning(not self.held)
 
     def before_step(self):
-        if self.learn.epochs_trained < self.epochs:
+        if self.held:
             for p in self.parameters:
                 p.grad = None
+
+    def after_fit(self):
+        self.learning(True)
+
+    def learning(self, on):
+        for p in self.parameters:
+            p.requires_grad_(on)
 
 
 class SmallImages(Callback):

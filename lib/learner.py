@@ -23,12 +23,13 @@ from fastcore.foundation import L
 from torch import nn
 
 from lib import models, ranks, runs
-from lib.callbacks import EMA, EpochRecorder, Freeze, GradNoise, SmallImages, mixed
+from lib.callbacks import EMA, EpochRecorder, GradNoise, Hold, SmallImages, mixed
 from lib.config import MOMENTUM, BadInput
 from lib.runs import cpu_name
 from lib.schedules import Plateau, plateau_options
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EARLY_EPOCHS = 3  # in which a network's `early` parameters learn (Jordan, arXiv 2404.00498)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -286,7 +287,7 @@ class SGDLearner(Learner):
     def freeze_to(self, n):
         """As fastai's for 0. Its groups are layers; ours tell what decays, and frozen would be weights but no bias."""
         if n:
-            raise NotImplementedError("the parameter groups are no layers; use the Freeze callback, or --freeze-epochs")
+            raise NotImplementedError("the parameter groups are no layers; use the Hold callback, or --freeze-epochs")
 
     def probe(self):
         """A learner on a copy of the model, with an optimizer and no callbacks, for looks that leave no trace."""
@@ -328,7 +329,9 @@ def build(config, dls, model, precision="float32", cbs=None):
     if config.small_epochs:
         cbs.append(SmallImages(config.small_epochs, models.small_side(dls.store.size)))
     if config.freeze_epochs:
-        cbs.append(Freeze(body(model), config.freeze_epochs))
+        cbs.append(Hold(body(model), range(config.freeze_epochs)))
+    if early := getattr(model, "early", []):
+        cbs.append(Hold(early, range(EARLY_EPOCHS, sys.maxsize)))
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))

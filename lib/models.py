@@ -71,7 +71,7 @@ class SmallResNet(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images, eps=5e-4):
-        """Sets the first convolution from `images` (n, 3, h, w), normalised, and holds it there.
+        """Sets the first convolution from `images` (n, 3, h, w), normalised, and holds its weights there.
 
         Its outputs are then uncorrelated and of variance 1 on their 2 x 2 patches: eigenvectors of the patches'
         covariance, the largest first, over the roots of their eigenvalues (+ eps); then the negatives of the same
@@ -87,12 +87,18 @@ class SmallResNet(nn.Module):
         )
         conv.weight.copy_(torch.cat([filters, -filters]))
         conv.bias.zero_()
-        conv.requires_grad_(False)  # of the bias too: its gradient alone would take a tenth of a step
+        conv.weight.requires_grad_(False)
 
     def forward(self, x):
         x = self.stages(self.stem(x))
         # as Page's ResNet-9: the loss starts near ln(n_classes), the head learns as the rest
         return self.head(x.amax((2, 3))) * 0.125
+
+    @property
+    def early(self):
+        """What learns in the first epochs alone: the bias of a whitening, whose gradient takes a tenth of a step."""
+        conv = self.stem[0]
+        return [] if conv.weight.requires_grad else [conv.bias]
 
     @property
     def cam_layer(self):

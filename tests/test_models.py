@@ -1,7 +1,9 @@
 import json
+from itertools import pairwise
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from lib import models
 from lib.config import BadInput
@@ -79,7 +81,7 @@ def images_of_edges(n=64, side=16):
 def test_the_first_convolution_whitens(name):
     images = images_of_edges()
     conv = models.build(name, 4, images=images).stem[0]
-    assert not conv.weight.requires_grad and not conv.bias.requires_grad
+    assert not conv.weight.requires_grad and not conv.bias.any()
     out = conv(images).double().movedim(1, 3).flatten(0, 2)
     half = out.shape[1] // 2
     assert torch.allclose(out[:, half:], -out[:, :half], atol=1e-5)
@@ -95,12 +97,25 @@ def test_grey_images_whiten_to_finite_filters():
     assert torch.allclose(conv(coloured), conv(coloured.mean(1, keepdim=True).expand_as(coloured)), atol=1e-4)
 
 
-def test_training_leaves_the_whitening_as_it_is(make):
-    _, learn = make("--epochs", 2)
+def test_training_leaves_the_whitening_as_it_is_and_its_bias_after_three_epochs(make):
+    biases = []
+
+    class Watch(Callback):
+        order = 90
+
+        def before_train(self):
+            biases.append((conv.bias.detach().clone(), conv.bias.requires_grad))
+
+    _, learn = make("--epochs", 5)
     conv = learn.model.stem[0]
     before = conv.weight.clone()
-    learn.fit(2, 0.1)
-    assert torch.equal(before, conv.weight) and not conv.bias.any()
+    learn.fit(2, 0.1, cbs=Watch())
+    assert conv.bias.requires_grad  # another fit makes its optimizer of all that may learn
+    learn.fit(3, 0.1, cbs=Watch())  # the epochs are counted over all fits
+    assert torch.equal(before, conv.weight)
+    biases.append((conv.bias.detach(), None))
+    assert [not torch.equal(a, b) for (a, _), (b, _) in pairwise(biases)] == [True] * 3 + [False] * 2
+    assert [learns for _, learns in biases[:-1]] == [True] * 3 + [False] * 2  # no gradient, no time
 
 
 def test_without_images_the_first_convolution_learns():

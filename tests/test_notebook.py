@@ -86,6 +86,6 @@ def test_fastais_own_looks_show_our_images_and_change_nothing(make):
 def test_fastais_freeze_which_would_freeze_other_layers_is_refused(make):
     _, learn = make()
     for call in (learn.freeze, lambda: learn.fine_tune(1), lambda: learn.freeze_to(1)):
-        with pytest.raises(NotImplementedError, match="Freeze"):
+        with pytest.raises(NotImplementedError, match="Hold"):
             call()
     learn.unfreeze()

@@ -90,8 +90,11 @@ class Residual(nn.Sequential):
 
 
 def network(name, n_classes, images):
-    """The network that `--model` asks for, with fresh weights."""
-    return ResNet9(n_classes) if name == "resnet9" else models.build(name, n_classes, images=images)
+    """The network that `--model` asks for, with fresh weights, as it trains behind the first epochs."""
+    model = ResNet9(n_classes) if name == "resnet9" else models.build(name, n_classes, images=images)
+    for p in getattr(model, "early", []):
+        p.requires_grad_(False)
+    return model
 
 
 class Stock:
