@@ -17,7 +17,7 @@ from lib import ranks, runs
 from lib.config import BadInput, one_line
 from lib.runs import write
 
-FORMAT = 2  # of the checkpoint; another one is refused
+FORMAT = 3  # of the checkpoint; another one is refused
 GRACE = 5  # seconds in which a second signal is torchrun's, which hands on what its processes have had already
 
 

@@ -27,6 +27,7 @@ class Plain(nn.Module):
         super().__init__()
         layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)
         self.layers = nn.Sequential(*layers).to(dtype)
+        self.early = [self.layers[0].bias]  # held from the fourth epoch on
 
     def forward(self, x):
         return self.layers(x.to(self.layers[0].weight.dtype))
@@ -49,12 +50,12 @@ def test_ranks_end_with_the_weights_and_the_record_of_one_process(n, dtype, with
         "--grad-noise 0.01 --ema 0.9 --accumulate 2 --schedule grow_batch --patience-epochs 0 --threshold 0.9".split()
     )
     network = lambda: Plain(dtype)
-    weights, rows = trained(bands, cache, network, 3, [], *options)
+    weights, rows = trained(bands, cache, network, 4, [], *options)
 
     def job(rank):
         with ranks.joined(torch.device("cpu")):
             assert ranks.world() == n
-            found, own = trained(bands, cache, network, 3, ranks.callbacks(), *options)
+            found, own = trained(bands, cache, network, 4, ranks.callbacks(), *options)
             torch.save({"weights": found, "rows": own}, tmp_path / f"{rank}.pt")
 
     assert on_ranks(n, job, tmp_path) == [0] * n, (tmp_path / "rank0.txt").read_text()
