@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from lib import cli
 from lib import config as settings
 
 
@@ -25,15 +26,15 @@ def main(argv=None):
         from lib import compare
 
         return compare.run(configs, train)
-    except settings.BadInput as e:
+    except cli.BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, MemoryError) or "out of memory" in str(e) or "t allocate memory" in str(e)):
             raise
-        print(f"error: {settings.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
+        print(f"error: {cli.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
         return 2
-    except settings.OneLine as e:
+    except cli.OneLine as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -43,23 +44,27 @@ def main(argv=None):
 
 def train(config):
     """One run, from data to explained mistakes, in this process or in all that torchrun started."""
-    from lib import callbacks, checkpoint, data, evaluate, learner, models, ranks, report, runs, schedules, store
+    from lib import data, machine, models, report, runs
+    from lib.data.decode import RESIZE_RULE
+    from lib.explain import evaluate
+    from lib.train import averaging, checkpoint, learner, ranks, recorder, schedules
+    from lib.train.lecture import batch_sizes
 
     models.check(config.model, config.pretrained)
     runs.check_out(config)
     runs.check_log(config.log)
-    device = models.pick_device(config)
-    precision = learner.pick_precision(config, device)
-    threads = learner.set_threads(config)
-    learner.keep_memory()
+    device = machine.pick_device(config)
+    precision = machine.pick_precision(config, device)
+    threads = machine.set_threads(config)
+    machine.keep_memory()
     with ranks.joined(device) as leads:  # the first process reads first, and is the one that writes and prints
         with ranks.first_alone():
             dls = data.get_dls(config, device)
         asked, config = config, dataclasses.replace(config, batch_size=dls.train.bs)
-        learner.seed_everything(config.seed)
+        machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
         side = models.smallest_side(model, config, dls.store.size)  # what cannot be explained is not trained
-        models.check_batches(model, config, len(dls.train.ids), side, ranks.world())
+        models.check_batches(model, config, batch_sizes(config), len(dls.train.ids), side, ranks.world())
         learn = learner.build(config, dls, model, precision)
         facts = learner.facts(config, learn, precision, threads)
         if config.dry_run:
@@ -79,7 +84,7 @@ def train(config):
                 if dls.store.skipped:
                     runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
                 evaluate.save_train_batch(learn, config, run)
-                run.save_model_card(models.card(config.model, dls, store.RESIZE_RULE, config.flip))
+                run.save_model_card(models.card(config.model, dls, RESIZE_RULE, config.flip))
                 lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
                 run.note(lr=lr)
             report.write(run.path, live=not config.lr_find_only, show=config.open)
@@ -87,8 +92,8 @@ def train(config):
         if config.lr_find_only:
             return 0
 
-        best = callbacks.KeepBest(run and run.save_weights)
-        progress = callbacks.Progress(config.progress, run and report.follow(run, config.log))
+        best = averaging.KeepBest(run and run.save_weights)
+        progress = recorder.Progress(config.progress, run and report.follow(run, config.log))
         saved = checkpoint.Checkpoint(run and run / "weights/last.pt", past, config.checkpoint_seconds)
         learn.add_cbs([best, saved, *([progress] if leads else []), *ranks.callbacks()])
         try:
@@ -97,7 +102,7 @@ def train(config):
             if leads:
                 evaluate.report(learn, config, run, learn.recorder.rows, best)
             return 0
-        except callbacks.Diverged as e:
+        except recorder.Diverged as e:
             if leads:
                 kept = f"; the epochs before are in {run.path}" if learn.recorder.rows else ""
                 print(f"error: {e}{kept}", file=sys.stderr)

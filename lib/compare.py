@@ -11,20 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.config import (
-    AXES,
-    MACHINE,
-    BadInput,
-    Config,
-    Parser,
-    command,
-    one_line,
-    printable,
-    read_file,
-    read_json,
-    resumed,
-)
-from lib.runs import launched, write, write_csv, write_figure
+from lib.cli import BadInput, Parser, command, one_line, printable, read_json
+from lib.config import AXES, MACHINE, Config, read_file, resumed
+from lib.machine import launched
+from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
     "variant", "seed", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
@@ -185,8 +175,8 @@ def report(folders, out, show=False):
 
     Raises BadInput where none of them is finished, or a folder is none of a run.
     """
-    from lib import plots
     from lib import report as pages
+    from lib.explain import plots
 
     loaded = {Path(folder): load(folder) for folder in folders}
     runs = [r for r in loaded.values() if r]

@@ -2,73 +2,80 @@
 
 import argparse
 import dataclasses
-import difflib
 import itertools
-import json
 import math
 import os
-import sys
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib.cli import MOST_TEXT, BadInput, Parser, brief, guess, one_line, read_json
+
 SUGGESTIONS = ("valley", "steep", "minimum", "slide")
+
+
 SCHEDULES = (
     "plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch"
 )  # fmt: skip
+
+
 MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
+
+
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
+
+
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
+
+
 MODELS = ("small", "medium", "large")
+AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads for training, which are left out here
+
+
 BAD_IMAGES = ("fail", "skip")
+
+
 AUTO = ("auto",)
+
+
 MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
+
+
 # What may change when a run is resumed: nothing that changes its result by more than the rounding of another machine.
 MACHINE = "resume cache device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
+
+
 FREE = (*MACHINE, "epochs", "data", "target", "gallery")
+
+
 RESOLVED = ("threads", "precision", "size", "batch_size")  # of a resumed run: what `auto` became
+
+
 PATHS = ("data", "out", "cache", "resume", "pretrained")
-MOST_TEXT = 10**6  # characters of a file of settings
+
+
 MOST_VARIANTS = 1000  # in one comparison
+
+
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
+
+
 # A source of images carries its own defaults for the settings whose default below is None.
 COMMON = dict(
     epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2,
     ema=0.0, threshold=1e-4
 )  # fmt: skip
+
+
 SOURCES = {
     # threshold: the loss of an average creeps on where it hardly falls any more
     "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
+
+
 # So does a schedule.
 BY_SCHEDULE = {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}
-
-
-def printable(text):
-    """`text` as one line that is only text to a terminal: line breaks, escape codes and the like are spelled out."""
-    spelled = lambda c: c.encode("unicode_escape").decode()
-    return "".join(c if c.isprintable() else spelled(c) for c in str(text))
-
-
-class OneLine(Exception):
-    """An error whose text is the one line that the user reads, whatever fastai's callbacks put before it on its way."""
-
-    def __init__(self, text):
-        self.text = printable(text)
-        super().__init__(self.text)
-
-    def __str__(self):
-        return self.text
-
-
-class BadInput(OneLine):
-    """An input or a setting that cannot be used (exit status 2)."""
-
-
-def one_line(e):
-    """An exception of a library as text for a `BadInput`."""
-    return printable(" ".join(f"{type(e).__name__}: {e}".split()))
 
 
 def option(default, help, *flags, choices=None, low=None, high=None, alone=None):
@@ -268,44 +275,6 @@ def is_text(value):
     return all(c.isprintable() or c in "\u200c\u200d" or unicodedata.category(c) == "Zs" for c in value)
 
 
-def brief(value):
-    """`repr(value)`, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 100 else text[:99] + "…"
-
-
-def guess(word, words):
-    """' (did you mean …?)', or nothing."""
-    near = difflib.get_close_matches(brief(word).strip("'"), words, 1) if words else ()
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def command(function):
-    """`main(argv)` of a module: exit status 0; 2 and one line on stderr where `function` raises BadInput; or 130."""
-
-    def main(argv=None):
-        try:
-            function(argv)
-        except BadInput as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:  # whoever reads the output has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt:
-            return 130
-        return 0
-
-    return main
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message}; see --help")
-
-
 def parser():
     """The command line of `train_fastai.py`."""
     p = Parser(
@@ -354,21 +323,6 @@ def read_file(path):
             raise BadInput(f"--config {path}: unknown setting {brief(key)}" + guess(key, names))
         if any(isinstance(v, (list, dict, set)) for v in (value if isinstance(value, list) else [value])):
             raise BadInput(f"--config {path}: {key} must be one value, or a list of values")
-    return found
-
-
-def read_json(path):
-    """The object in a JSON file that a run wrote. Raises ValueError, or OSError, where it holds anything else."""
-
-    def refuse(word):
-        raise ValueError(f"{word} is no number")
-
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError("it holds no object")
     return found
 
 

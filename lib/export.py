@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.config import BadInput, Parser, command
+from lib.cli import BadInput, Parser, command
 from lib.predict import as_seen, load
 from lib.runs import write
 

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lib.config import BadInput, Parser, command, one_line, printable
-from lib.store import EXTENSIONS, batch_size, centre, decode, fit, upright_rgb
+from lib.cli import BadInput, Parser, command, one_line, printable
+from lib.data.decode import EXTENSIONS, batch_size, centre, decode, fit, upright_rgb
 
 TASK = 16  # images that a thread decodes at a time
 AHEAD = 2  # batches that are decoded while one is predicted
@@ -34,7 +34,7 @@ def load(run, device="auto", tta=False):
     """
     from safetensors.torch import load_file
 
-    from lib import models
+    from lib import machine, models, runs
 
     run = Path(run).expanduser()
     if not run.is_dir():
@@ -44,7 +44,7 @@ def load(run, device="auto", tta=False):
         if not path.is_file():
             raise BadInput(f"{path}: not found; a run writes it at the end of its first epoch")
     try:
-        card = models.read_card(described)
+        card = runs.read_card(described)
         model = models.rebuild(card)
         model.load_state_dict(load_file(weights))
     except BadInput:
@@ -53,7 +53,7 @@ def load(run, device="auto", tta=False):
         raise BadInput(f"{run}: its weights cannot be loaded ({one_line(e)})") from None
     if tta and card.get("flip") is not True:
         raise BadInput(f"--tta: {described} does not say that the images of training were flipped; leave it out")
-    return Predictor(model, card, models.pick_device(SimpleNamespace(device=device)), tta)
+    return Predictor(model, card, machine.pick_device(SimpleNamespace(device=device)), tta)
 
 
 class Predictor:
@@ -143,7 +143,8 @@ def find(given):
 
 def explain(predict, folder, first, files, pixels, x, p):
     """Writes a GradCAM picture an image of a batch: <row>-<name>.png, rows counted from `first`."""
-    from lib import gradcam, models, plots, runs
+    from lib import models, runs
+    from lib.explain import gradcam, plots
 
     maps = gradcam.maps(predict.model, models.cam_layer(predict.model, predict.size), x, p.argmax(1))
     for row, (file, image, cam, of) in enumerate(zip(files, pixels, maps, p), first):

@@ -23,7 +23,8 @@ from urllib.parse import quote
 import yaml
 
 from lib import runs
-from lib.config import BadInput, Config, Parser, command, flag_of, one_line, printable, read_json
+from lib.cli import BadInput, Parser, command, one_line, printable, read_json
+from lib.config import Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES, ROWS = 3_500_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB

@@ -3,25 +3,21 @@
 import csv
 import io
 import json
+import math
 import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
-from lib.config import RESOLVED, BadInput, data_name, one_line, read_file, read_json
+from lib.cli import BadInput, one_line, read_json
+from lib.config import RESOLVED, data_name, read_file
+from lib.machine import environment
 
 ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
-PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
-CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # of /proc/cpuinfo, on x86 and on Arm
 
 
 def write(path, content, keep=None):
@@ -89,65 +85,6 @@ def whole_folder(path, pick=lambda part: part):
             except OSError:
                 if not path.is_dir():  # else another process was quicker
                     raise
-
-
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def launched():
-    """Whether torchrun started this process as one of several; a stray RANK alone does not say so."""
-    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def on_this_machine():
-    """How many processes of this run the machine has."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
-
-
-def commit():
-    """The commit of this code, '+' behind it where the tree differs; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        tree = ["status", "--porcelain", "--untracked-files=no", "--", "*.py"]
-        dirty = subprocess.run([*git, *tree], capture_output=True, text=True, check=True).stdout
-        return head + ("+" if dirty.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cpu_facts():
-    """What /proc/cpuinfo says of the first processor, {} where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def cpu_name():
-    return cpu_facts().get("model name") or platform.processor() or platform.machine()
-
-
-def environment():
-    """Versions, commit and machine, for env.json."""
-    import torch
-
-    cpu = cpu_facts()
-    return {
-        "python": platform.python_version(),
-        **{p: version(p) for p in PACKAGES},
-        "commit": commit(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        # virtual machines of chips twice as fast have the same name
-        "cpu_model": ", ".join(f"{key} {cpu[key]}" for key in CPU_MODEL if key in cpu),
-        "cpu_count": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 class Run:
@@ -267,3 +204,19 @@ def reopen(config, **facts):
     (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     same = {name: fact for name, fact in facts.items() if name not in (*now, "device_name")}
     return Run(path, config, {**facts, **now, **env, **same, "resumed": [*env.get("resumed", []), now]}, **asked)
+
+
+def read_card(path):
+    """The content of a weights/model.json. Raises BadInput where it is damaged."""
+    try:
+        card = read_json(path)
+        classes, size, numbers = card["classes"], card["size"], [*card["mean"], *card["std"]]
+        if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+            raise ValueError("classes are not names")
+        if len(classes) != card["args"]["n_classes"]:
+            raise ValueError("as many classes as the network has outputs are needed")
+        if type(size) is not int or not 0 < size <= 1024 or len(numbers) != 6 or not all(map(math.isfinite, numbers)):
+            raise ValueError("size, mean or std are not what a run writes")
+        return card
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
+        raise BadInput(f"{path}: is damaged ({one_line(e)})") from None

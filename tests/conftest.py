@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 
 from lib import config as settings
-from lib import data, learner, models, runs
+from lib import machine
+from lib.data import loader
+from lib.models import zoo
+from lib.train import learner
 from train_fastai import main
 
 # the options of a run of a second
@@ -65,9 +68,9 @@ def make(bands, parse):
 
     def make(*argv, cbs=None, precision="float32"):
         config = parse("--data", bands, "--size", 32, "--model", "small", "-b", 16, "--epochs", 2, *argv)
-        dls = data.get_dls(config)
+        dls = loader.get_dls(config)
         torch.manual_seed(config.seed)
-        model = models.build(config.model, len(dls.vocab), images=dls.train.plain()[0])
+        model = zoo.build(config.model, len(dls.vocab), images=dls.train.plain()[0])
         return config, learner.build(config, dls, model, precision, cbs)
 
     return make
@@ -166,7 +169,7 @@ def on_ranks(n, job, path):
                 out = os.open(path / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(out, 1), os.dup2(out, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-                os.environ.update(zip(runs.TORCHRUN, (str(rank), str(n), str(rank), str(n), "127.0.0.1", port)))
+                os.environ.update(zip(machine.TORCHRUN, (str(rank), str(n), str(rank), str(n), "127.0.0.1", port)))
                 torch.set_num_threads(1)  # the threads of the parent are not there
                 status = job(rank) or 0
             except BaseException:

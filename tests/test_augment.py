@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import augment, data
-from lib.augment import AlbumentationsTransform, AlternatingFlip, CropFromPadding, Cutout
+from lib.data import augment, decode
+from lib.data.augment import AlbumentationsTransform, AlternatingFlip, CropFromPadding, Cutout
 from tests.conftest import fingerprint
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -118,7 +118,7 @@ def test_only_training_images_are_augmented(make):
     _, learn = make()
     store, dl = learn.dls.store, learn.dls.valid
     x, _ = dl.do_batch([0, 1])
-    assert all((x[j].permute(1, 2, 0).numpy() == data.centre(store[dl.ids[j]], 32)).all() for j in range(2))
+    assert all((x[j].permute(1, 2, 0).numpy() == decode.centre(store[dl.ids[j]], 32)).all() for j in range(2))
     x, _ = learn.dls.train.do_batch(range(8))
     plain = np.stack([store[learn.dls.train.ids[j]] for j in range(8)])
     assert (x.permute(0, 2, 3, 1).numpy() != plain).any((1, 2, 3)).all()

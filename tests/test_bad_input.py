@@ -24,9 +24,13 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from PIL import Image
 
+from lib import cli, data, runs
 from lib import config as settings
-from lib import data, models, runs, schedules, store
-from lib.config import BadInput, Config
+from lib.cli import BadInput
+from lib.config import Config
+from lib.data import decode, folders, loader, store
+from lib.models import zoo
+from lib.train import lecture
 from tests.conftest import SMALL, good, picture, save
 from train_fastai import main
 
@@ -92,7 +96,7 @@ def test_an_image_that_cannot_be_read_is_named(name, photos, refused):
     content, words = BROKEN[name]
     (photos / "b" / name).write_bytes(content)
     line = refused("--data", photos)
-    assert words in line and settings.printable(name) in line
+    assert words in line and cli.printable(name) in line
     assert "repair or remove it, or pass --bad-images skip" in line
 
 
@@ -112,7 +116,7 @@ def test_ghostscript_is_never_asked(tmp_path, monkeypatch):
     del asked[:]
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(BadInput):
-        store.decode(tmp_path / "x.png", 16)
+        decode.decode(tmp_path / "x.png", 16)
     assert not asked
 
 
@@ -121,7 +125,7 @@ def test_a_jpeg_whose_header_hides_its_size_is_left_to_pillow():
     size = lambda h, w: b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, h, w, 3) + bytes(9)
     hidden = b"\xff\xff\xc0" + size(30_000, 30_000)[2:]
     content = b"\xff\xd8\xff" + hidden + size(16, 16) + b"\xff\xd9"
-    assert store.jpeg_frame(content) == (0, 0, 0, 0) and store.quick(content, 16) is None
+    assert decode.jpeg_frame(content) == (0, 0, 0, 0) and decode.quick(content, 16) is None
 
 
 FRAMES = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
@@ -231,14 +235,14 @@ def test_links_out_of_the_root_and_loops_are_passed_over_and_said(photos, capsys
     (photos / "a" / "one.png").symlink_to(outside / "c" / "0.png")
     (photos / "c").symlink_to(outside / "c")
     os.mkfifo(photos / "b" / "pipe.png")
-    found = data.scan(photos)
+    found = folders.scan(photos)
     assert len(found) == 16 and {c for _, c in found} == {"a", "b"}
     assert "links and devices are passed over, 5 in all" in capsys.readouterr().out
 
 
 def test_a_name_in_two_unicode_forms_is_one_class(photos, capsys):
     good(photos, ("caf\u00e9", "cafe\u0301"))
-    found = data.scan(photos)
+    found = folders.scan(photos)
     assert {c: [k for _, k in found].count(c) for _, c in found} == {"a": 8, "b": 8, "caf\u00e9": 16}
     assert "taken as one class" in capsys.readouterr().out
 
@@ -304,7 +308,7 @@ def test_a_folder_or_file_that_may_not_be_read_is_named(open_tmp):
     photos = good(open_tmp / "photos")
     for what, mode in ((photos / "b", 0o000), (photos, 0o000), (photos / "a" / "0.png", 0o000)):
         with nobody(what, mode), pytest.raises(BadInput, match=f"{what}.*Permission denied|Permission denied.*{what}"):
-            data.get_dls(Config(data=str(photos), size=16))
+            loader.get_dls(Config(data=str(photos), size=16))
 
 
 def test_a_folder_that_may_not_be_written_to_is_seen_before_the_images_are_read(open_tmp, monkeypatch):
@@ -404,12 +408,12 @@ def test_a_last_batch_of_one_is_refused_where_batchnorm_cannot_take_it(batch, ok
 
 
 def test_a_batch_that_grows_to_leave_one_image_is_refused_before_training():
-    model = models.build("resnet18", 2)
+    model = zoo.build("resnet18", 2)
     config = Config(data="x", schedule="grow_batch", batch_size=6, factor=0.5, max_batch_size=24, model="resnet18")
-    assert schedules.batch_sizes(config) == [6, 12, 24]
-    models.check_batches(model, config, 26, 32)
+    assert lecture.batch_sizes(config) == [6, 12, 24]
+    zoo.check_batches(model, config, lecture.batch_sizes(config), 26, 32)
     with pytest.raises(BadInput, match="6, 12, 24"):
-        models.check_batches(model, config, 25, 32)
+        zoo.check_batches(model, config, lecture.batch_sizes(config), 25, 32)
     with pytest.raises(ValueError, match="more than 1 value"):  # what torch would have said, an hour later
         model.train()(torch.zeros(1, 3, 32, 32))
 
@@ -440,19 +444,19 @@ def test_images_that_cannot_be_read_are_skipped_as_if_they_were_not_there(where,
     cache = str(tmp_path / "cache") if where == "cache" else ""
     config = Config(data=str(spoiled), size=16, bad_images="skip", cache=cache)
     images = lambda dls: [[dls.store.names[i] for i in dl.ids] for dl in dls]
-    first = data.get_dls(config)
+    first = loader.get_dls(config)
     assert sorted(name for name, _ in first.store.skipped) == ["a/5.png", "b/0.png", "b/7.png"]
     assert all("0x" not in reason and "repair" not in reason for _, reason in first.store.skipped)
     with monkeypatch.context() as m:
         if cache:
-            m.setattr(store, "decode", None)
-        again = data.get_dls(config)
+            m.setattr(decode, "decode", None)
+        again = loader.get_dls(config)
     assert again.store.skipped == first.store.skipped and images(again) == images(first)
     with pytest.raises(BadInput, match="[ab]/[057].png: .*or pass --bad-images skip"):
-        data.get_dls(Config(data=str(spoiled), size=16, cache=cache))
+        loader.get_dls(Config(data=str(spoiled), size=16, cache=cache))
     for name, _ in first.store.skipped:
         (spoiled / name).unlink()
-    clean = data.get_dls(Config(data=str(spoiled), size=16))
+    clean = loader.get_dls(Config(data=str(spoiled), size=16))
     assert images(clean) == images(first) and clean.vocab == first.vocab
     assert (clean.mean == first.mean).all() and clean.store.skipped == []
     for name in ("valid", "test"):
@@ -500,7 +504,7 @@ def test_short_memory_is_found_with_images_that_cannot_be_read_among_them(spoile
 def test_a_damaged_file_of_decoded_images_is_named(file, content, photos, refused, tmp_path):
     cache = tmp_path / "cache"
     folder = store.Store(sorted(photos.rglob("*.png")), 16, photos, cache=cache).folder
-    data.get_dls(Config(data=str(photos), size=16, cache=str(cache)))
+    loader.get_dls(Config(data=str(photos), size=16, cache=str(cache)))
     for folder in cache.iterdir():
         (folder / file).write_bytes(content)
     assert "is damaged" in refused("--data", photos, "--cache", cache)
@@ -555,7 +559,7 @@ def test_any_value_of_any_setting_is_a_config_or_one_line(name, value):
     if config:
         text = yaml.safe_dump(config.to_dict())
         assert Config(**yaml.safe_load(text)) == config
-        assert schedules.batch_sizes(config) if config.factor < 0.9 else True
+        assert lecture.batch_sizes(config) if config.factor < 0.9 else True
 
 
 @hypothesis(max_examples=150, deadline=None)

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from lib import callbacks, checkpoint
+from lib.train import checkpoint, recorder
 from train_fastai import main
 
 ARGS = "--size 32 --model small --epochs 4 --lr 0.05 -b 16 --patience-epochs 0 --threshold 0.5 --gallery 2".split()
@@ -35,14 +35,14 @@ def equal(a, b):
 
 def stop_at(monkeypatch, epoch, batch):
     """From here on a fit is interrupted at that epoch and batch, both counted from 0."""
-    after_batch = callbacks.EpochRecorder.after_batch
+    after_batch = recorder.EpochRecorder.after_batch
 
     def stop(self):
         if (self.epoch, self.iter) == (epoch, batch):
             raise KeyboardInterrupt
         after_batch(self)
 
-    monkeypatch.setattr(callbacks.EpochRecorder, "after_batch", stop)
+    monkeypatch.setattr(recorder.EpochRecorder, "after_batch", stop)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import callbacks, compare, config, schedules
-from lib.config import BadInput
+from lib import compare, config
+from lib.cli import BadInput
+from lib.train import recorder, schedules
 from tests.conftest import fingerprint
 from train_fastai import main
 
@@ -76,17 +77,17 @@ def test_finished_runs_are_left_alone(compared, bands, monkeypatch, capsys):
 
 
 def test_a_comparison_that_was_killed_goes_on_and_gives_the_same_table(compared, bands, tmp_path, monkeypatch):
-    after_batch = callbacks.EpochRecorder.after_batch
+    after_batch = recorder.EpochRecorder.after_batch
 
     def stop(self):
         if (self.epoch, self.iter) == (1, 1) and len(started) == 3:
             raise KeyboardInterrupt
         after_batch(self)
 
-    started, before_fit = [], callbacks.Progress.before_train
+    started, before_fit = [], recorder.Progress.before_train
     with monkeypatch.context() as m:
-        m.setattr(callbacks.Progress, "before_train", lambda self: (self.epoch or started.append(1), before_fit(self)))
-        m.setattr(callbacks.EpochRecorder, "after_batch", stop)
+        m.setattr(recorder.Progress, "before_train", lambda self: (self.epoch or started.append(1), before_fit(self)))
+        m.setattr(recorder.EpochRecorder, "after_batch", stop)
         assert main(argv(bands, tmp_path)) == 130
     assert not (tmp_path / "both/comparison.csv").exists() and (tmp_path / "both/one_cycle-s0/env.json").exists()
     assert main(argv(bands, tmp_path)) == 0

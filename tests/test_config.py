@@ -5,7 +5,10 @@ import time
 import pytest
 import yaml
 
-from lib import callbacks, config, data, lr_range, models, schedules
+from lib import cli, config
+from lib.data import sources
+from lib.models import zoo
+from lib.train import lr_range, recorder, schedules
 from train_fastai import main
 
 
@@ -71,7 +74,7 @@ def test_patience_is_a_tenth_of_the_epochs(epochs, patience):
 
 def test_not_all_epochs_have_small_images():
     assert config.Config(epochs=5, small_epochs=4).small_epochs == 4
-    with pytest.raises(config.BadInput, match="--small-epochs: must be fewer than the 5 epochs, not 5"):
+    with pytest.raises(cli.BadInput, match="--small-epochs: must be fewer than the 5 epochs, not 5"):
         config.Config(epochs=5, small_epochs=5)
 
 
@@ -88,7 +91,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_bad_file_is_refused(tmp_path, text):
     file = tmp_path / "args.yaml"
     file.write_text(text)
-    with pytest.raises(config.BadInput):
+    with pytest.raises(cli.BadInput):
         config.parse(["-c", str(file)])
 
 
@@ -99,9 +102,9 @@ def test_what_is_saved_parses_to_itself(tmp_path):
 
 
 def test_choices_are_the_registries():
-    assert set(config.MODELS) == set(models.MODELS)
+    assert set(config.MODELS) == set(zoo.MODELS)
     assert set(config.SCHEDULES) == set(schedules.SCHEDULES)
-    assert set(config.SOURCES) == set(data.SOURCES)
+    assert set(config.SOURCES) == set(sources.SOURCES)
     assert set(config.SUGGESTIONS) <= set(lr_range.RangeTest.__annotations__)
-    columns = {*callbacks.EpochRecorder.values_of({f"{s}_{m}": 0 for s in ("train", "valid") for m in ("loss", "acc")})}
+    columns = {*recorder.EpochRecorder.values_of({f"{s}_{m}": 0 for s in ("train", "valid") for m in ("loss", "acc")})}
     assert set(config.MONITORS) == columns

@@ -15,7 +15,7 @@ from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage
 from PIL import Image
 
-from lib import data, store
+from lib.data import decode, folders, loader
 from tests.conftest import SMALL, picture, save
 from train_fastai import main
 
@@ -37,29 +37,29 @@ def names(items):
 
 def test_plain_class_folders_become_three_stratified_sets(tmp_path):
     root = tree(tmp_path, {"": {"a": 50, "b": 20}})
-    train, valid, test = data.find_images(root, 0.1, 0)
+    train, valid, test = folders.find_images(root, 0.1, 0)
     count = lambda items: [sum(c == k for _, c in items) for k in "ab"]
     assert (count(train), count(valid), count(test)) == ([36, 14], [4, 2], [10, 4])
     assert len(set(train + valid + test)) == 70
-    assert data.find_images(root, 0.1, 0) == (train, valid, test)
-    assert set(data.find_images(root, 0.1, 1)[2]) != set(test)
+    assert folders.find_images(root, 0.1, 0) == (train, valid, test)
+    assert set(folders.find_images(root, 0.1, 1)[2]) != set(test)
 
 
 def test_sets_that_are_there_are_taken(tmp_path):
     both = tree(tmp_path / "both", {"train": {"a": 9, "b": 9}, "val": {"a": 3, "b": 3}, "test": {"a": 4, "b": 4}})
-    assert [len(s) for s in data.find_images(both, 0.1, 0)] == [18, 6, 8]
+    assert [len(s) for s in folders.find_images(both, 0.1, 0)] == [18, 6, 8]
     for one in ("valid", "val", "validation", "test"):
         root = tree(tmp_path / one, {"train": {"a": 20, "b": 20}, one: {"a": 3, "b": 3}})
-        train, valid, test = data.find_images(root, 0.1, 0)
+        train, valid, test = folders.find_images(root, 0.1, 0)
         assert (len(train), len(valid), len(test)) == (36, 4, 6)
         assert all(one in p.parts for p, _ in test) and all("train" in p.parts for p, _ in valid)
     alone = tree(tmp_path / "alone", {"train": {"a": 20, "b": 20}})
-    assert [len(s) for s in data.find_images(alone, 0.1, 0)] == [28, 4, 8]
+    assert [len(s) for s in folders.find_images(alone, 0.1, 0)] == [28, 4, 8]
 
 
 def test_the_split_does_not_follow_the_runs_seed(bands, parse):
     def of(*argv):
-        dls = data.get_dls(parse("--data", bands, "--size", 32, *argv))
+        dls = loader.get_dls(parse("--data", bands, "--size", 32, *argv))
         return [[dls.store.names[i] for i in dl.ids] for dl in dls]
 
     assert of("--seeds", 0) == of("--seeds", 1) != of("--split-seed", 1)
@@ -73,23 +73,23 @@ def test_valid_pct_0_lets_test_choose(make):
 
 def test_the_order_of_the_file_system_does_not_matter(tmp_path, monkeypatch):
     root = tree(tmp_path, {"": {"b": 8, "a": 8, "c": 8}})
-    before = data.find_images(root, 0.1, 0)
-    walk = data.os.walk
+    before = folders.find_images(root, 0.1, 0)
+    walk = folders.os.walk
 
     def shuffled(*args, **kwargs):
-        for at, folders, files in walk(*args, **kwargs):
-            random.shuffle(folders), random.shuffle(files)
-            yield at, folders, files
+        for at, inside, files in walk(*args, **kwargs):
+            random.shuffle(inside), random.shuffle(files)
+            yield at, inside, files
 
-    monkeypatch.setattr(data.os, "walk", shuffled)
-    assert data.find_images(root, 0.1, 0) == before
+    monkeypatch.setattr(folders.os, "walk", shuffled)
+    assert folders.find_images(root, 0.1, 0) == before
 
 
 def test_files_that_are_not_taken_are_said(tmp_path, capsys):
     root = tree(tmp_path / "data", {"": {"a": 9, "b": 9}})
     (root / "a" / "photo.heic").write_bytes(b"")
     save(root / "loose.png", picture(RNG, 0))
-    assert sum(map(len, data.find_images(root, 0.1, 0))) == 18
+    assert sum(map(len, folders.find_images(root, 0.1, 0))) == 18
     assert "2 files not named as images, or in no class folder, are passed over" in capsys.readouterr().out
 
 
@@ -100,7 +100,7 @@ def test_hidden_files_and_linked_folders_are_passed_over(tmp_path):
     save(root / "a" / ".thumbnails" / "x.png", picture(RNG, 0))
     (root / ".cache").mkdir()
     (root / "loop").symlink_to(root)
-    assert sum(map(len, data.find_images(root, 0.1, 0))) == 18
+    assert sum(map(len, folders.find_images(root, 0.1, 0))) == 18
 
 
 @pytest.mark.parametrize("kind", ["zip", "tgz", "tar.gz", "tar"])
@@ -114,18 +114,18 @@ def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
         with tarfile.open(archive, "w" if kind == "tar" else "w:gz") as t:
             [t.add(p, name) for p, name in files]
     config = parse("--data", archive, "--size", 32, "--cache", tmp_path / "cache")
-    dls = data.get_dls(config)
+    dls = loader.get_dls(config)
     assert len(dls.store) == 120 and dls.store.names[0].startswith("class 0/")
-    plain = data.get_dls(parse("--data", bands, "--size", 32))
-    assert plain.store.fingerprint() == dls.store.fingerprint() == data.get_dls(config).store.fingerprint()
+    plain = loader.get_dls(parse("--data", bands, "--size", 32))
+    assert plain.store.fingerprint() == dls.store.fingerprint() == loader.get_dls(config).store.fingerprint()
 
 
 def test_class_names_are_compared_in_one_form(tmp_path):
     root = tree(tmp_path, {"Train": {"caf\u00e9": 9, "b": 9}, "Val": {"cafe\u0301": 3, "b": 3}})
     (root / "LICENSE").write_text("")
-    train, _, test = data.find_images(root, 0.1, 0)
+    train, _, test = folders.find_images(root, 0.1, 0)
     assert {c for _, c in train} == {c for _, c in test} == {"caf\u00e9", "b"}
-    assert data.enter(tmp_path.parent / tmp_path.name) == tmp_path
+    assert folders.enter(tmp_path.parent / tmp_path.name) == tmp_path
 
 
 def test_cifar10_is_downloaded_once_from_fastais_url(tmp_path, parse, monkeypatch):
@@ -149,7 +149,7 @@ def test_cifar10_is_downloaded_once_from_fastais_url(tmp_path, parse, monkeypatc
     fastai_cfg.cache_clear()
     try:
         for _ in range(2):
-            dls = data.get_dls(parse("--cache", ""))
+            dls = loader.get_dls(parse("--cache", ""))
         assert dls.vocab == ["cat", "dog"] and [len(dl.ids) for dl in dls] == [16, 2, 6]
         assert hits == ["/cifar10.tgz"] and (tmp_path / "home/data/cifar10/train/cat").is_dir()
     finally:
@@ -172,7 +172,7 @@ def test_no_network_is_one_line_that_says_what_to_pass(tmp_path, monkeypatch, ca
 def test_digits_are_scikit_learns(parse):
     from sklearn.datasets import load_digits
 
-    dls = data.get_dls(parse("--data", "digits", "--size", 32))
+    dls = loader.get_dls(parse("--data", "digits", "--size", 32))
     assert len(dls.store) == 1797 and len(dls.vocab) == 10
     found, i = load_digits(), 1234
     saved = np.asarray(Image.open(next(p for p in dls.store.paths if p.stem == str(i))))
@@ -206,7 +206,7 @@ def test_every_mode_decodes_to_its_mean(tmp_path, name):
         / {"deep.png": 257, "dark.png": 257, "float.tif": 1 / 255}.get(name, 1),
         "white": 255,
     }[expected]
-    out = store.decode(tmp_path / name, 40)
+    out = decode.decode(tmp_path / name, 40)
     assert out.shape == (40, 40, 3) and out.dtype == np.uint8
     assert abs(out.mean() - mean) < 3
 
@@ -217,7 +217,7 @@ def test_exif_rotation_sizes_and_shapes(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
-    out = store.decode(tmp_path / "a.png", 10)
+    out = decode.decode(tmp_path / "a.png", 10)
     assert out.shape == (30, 10, 3) and out[:10].mean() > 245 and out[-10:].mean() < 10
 
 
@@ -254,7 +254,7 @@ def test_normalizing_in_place_gives_fastais_numbers():
     mean, std, x = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26], RNG.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     images = TensorImage(torch.from_numpy(x).permute(0, 3, 1, 2)).float().div_(255)
     theirs = Normalize.from_stats(mean, std, cuda=False)
-    ours = data.NormalizeInPlace.of(np.array(mean), np.array(std), 16)
+    ours = loader.NormalizeInPlace.of(np.array(mean), np.array(std), 16)
     expected = theirs.encodes(images)
     found = ours.encodes(images.clone())
     assert (found == expected).all() and (ours.decodes(found) == theirs.decodes(expected)).all()
@@ -262,7 +262,7 @@ def test_normalizing_in_place_gives_fastais_numbers():
 
 @pytest.mark.parametrize("n, size", [(1, 16), (608, 16), (609, 32), (1_294, 64), (2_432, 64), (2_433, 128)])
 def test_auto_makes_20_steps_an_epoch_where_it_can(parse, n, size):
-    assert data.images_a_step(parse(), n) == size and data.images_a_step(parse("-b", 100), n) == 100
+    assert loader.images_a_step(parse(), n) == size and loader.images_a_step(parse("-b", 100), n) == 100
 
 
 def test_a_run_keeps_what_was_asked_and_what_auto_became(tmp_path, bands):

@@ -9,7 +9,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch.nn import functional as F
 
-from lib import callbacks, evaluate, plots, runs
+from lib import runs
+from lib.explain import evaluate, plots
+from lib.train import averaging
 from tests.conftest import state_of
 
 
@@ -61,7 +63,7 @@ def test_mistakes_describe_their_files(make):
 @pytest.mark.parametrize("wrong", [0, 3, 24])
 def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, wrong, capsys):
     config, learn = make("--out", tmp_path, "--gallery", 10, "--lr", 0.05)
-    best = callbacks.KeepBest()
+    best = averaging.KeepBest()
     learn.fit(1, 0.05, cbs=best)
     run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.05, params=1)
     monkeypatch.setattr(evaluate, "outcome", lambda learn, dl, mirror=False: outcome_with(learn, wrong))
@@ -81,7 +83,7 @@ def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, 
 
 def test_the_summary_is_of_the_kept_weights(make):
     config, learn = make("--epochs", 3, "--target", 0.3)
-    best = callbacks.KeepBest()
+    best = averaging.KeepBest()
     learn.fit(3, 0.05, cbs=best)
     learn.model.load_state_dict(best.state)
     loss, acc = learn.loss_and_accuracy(learn.dls.valid, float32=True)
@@ -115,7 +117,7 @@ def test_accuracy_with_mirror_images_is_of_the_mean_of_the_logits(make):
 @pytest.mark.parametrize("flips", [[], ["--no-flip"]])
 def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, flips, capsys):
     config, learn = make("--out", tmp_path, "--gallery", 0, *flips)
-    best = callbacks.KeepBest()
+    best = averaging.KeepBest()
     learn.fit(1, 0.02, cbs=best)
     run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.02, params=1)
     evaluate.report(learn, config, run, learn.recorder.rows, best)

@@ -5,13 +5,14 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from lib import gradcam, models
+from lib.explain import gradcam
+from lib.models import zoo
 from tests.conftest import state_of
 
 
 def network():
     torch.manual_seed(0)
-    return models.build("medium", 5).eval()
+    return zoo.build("medium", 5).eval()
 
 
 def test_maps_are_grad_cams_own():
@@ -28,10 +29,10 @@ def test_maps_are_grad_cams_own():
 
 
 @pytest.mark.parametrize("size, side", [(32, 7), (64, 15), (16, 7)])  # of 16 pixels its own map would be 3 x 3
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_the_layer_has_a_map_of_at_least_4_by_4(name, size, side):
-    model, shapes = models.build(name, 5).eval(), []
-    models.cam_layer(model, size).register_forward_hook(lambda m, i, o: shapes.append(o.shape[2:]))
+    model, shapes = zoo.build(name, 5).eval(), []
+    zoo.cam_layer(model, size).register_forward_hook(lambda m, i, o: shapes.append(o.shape[2:]))
     model(torch.randn(2, 3, size, size))
     assert shapes == [(side, side)]
 

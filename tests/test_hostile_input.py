@@ -23,9 +23,13 @@ import yaml
 from fastai.data.external import URLs
 from PIL import Image
 
-from lib import compare, data, models, predict, runs
+from lib import compare, predict, runs
 from lib import config as settings
-from lib.config import BadInput, Config
+from lib.cli import BadInput
+from lib.config import Config
+from lib.data import archive, loader, sources
+from lib.models import zoo
+from lib.train import checkpoint
 from tests.conftest import SMALL, good, picture
 from train_fastai import main
 
@@ -163,7 +167,7 @@ def test_an_archive_with_an_evil_member_is_refused_whole(name, tmp_path, refused
 
 
 def test_an_archive_of_very_many_members_is_refused(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(data, "MAX_MEMBERS", 9)
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 9)
     for name, content in (("x.zip", zip_of()), ("x.tgz", tar_of())):
         (tmp_path / name).write_bytes(content)
         line = refused("--data", tmp_path / name, "--cache", tmp_path / "cache")
@@ -171,7 +175,7 @@ def test_an_archive_of_very_many_members_is_refused(tmp_path, refused, monkeypat
 
 
 def test_an_archive_larger_than_the_disk_is_refused_before_it_fills_it(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000}))
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000}))
     (tmp_path / "x.zip").write_bytes(zip_of())
     assert "or the disk, allows" in refused("--data", tmp_path / "x.zip", "--cache", tmp_path / "cache")
 
@@ -180,18 +184,18 @@ def test_what_an_archive_really_holds_is_counted():
     """Whatever a library that reads archives would let pass."""
     for size in (5, 7):
         with pytest.raises(ValueError, match="not of the"):
-            data.copy(io.BytesIO(b"sixsix"), io.BytesIO(), size)
+            archive.copy(io.BytesIO(b"sixsix"), io.BytesIO(), size)
     endless = type("Endless", (), {"read": lambda self, n: bytes(n)})()
     written = io.BytesIO()
     with pytest.raises(ValueError):
-        data.copy(endless, written, 10**6)
+        archive.copy(endless, written, 10**6)
     assert len(written.getvalue()) <= 10**6
 
 
 @pytest.mark.parametrize("name, content", [("x.zip", zip_of()), ("x.tgz", tar_of()), ("x.tar", tar_of(mode="w"))])
 def test_a_good_archive_is_unpacked_with_plain_modes(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    data.unpack(tmp_path / name, tmp_path / "out")
+    archive.unpack(tmp_path / name, tmp_path / "out")
     files = sorted((tmp_path / "out").rglob("*.png"))
     assert len(files) == 10 and all(p.read_bytes() == PICTURE for p in files)
     assert {p.stat().st_mode & 0o7000 for p in files} == {0}
@@ -202,11 +206,11 @@ def test_cifar10s_archive_must_stay_what_it_was_at_first(tmp_path, refused, monk
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "cifar10.tgz").write_bytes(tar_of())
-    folder = data.cifar10(Config(cache=str(cache)))
+    folder = sources.cifar10(Config(cache=str(cache)))
     record = cache / "cifar10.tgz.sha256"
-    assert record.read_text() == f"{data.sha256(cache / 'cifar10.tgz')}  cifar10.tgz\n"
+    assert record.read_text() == f"{sources.sha256(cache / 'cifar10.tgz')}  cifar10.tgz\n"
     shutil.rmtree(folder)
-    data.cifar10(Config(cache=str(cache)))
+    sources.cifar10(Config(cache=str(cache)))
     shutil.rmtree(folder)
     (cache / "cifar10.tgz").write_bytes(tar_of(mode="w"))
     assert "cifar10.tgz: is not what was first downloaded" in refused("--data", "cifar10", "--cache", cache)
@@ -322,7 +326,6 @@ def test_a_foreign_checkpoint_is_one_line(name, copied, capfd):
 
 
 def test_a_checkpoint_of_right_form_and_wrong_content_is_one_line(copied, capfd):
-    from lib import checkpoint
 
     state = checkpoint.load(copied / "weights/last.pt")
     for key, wrong in [(k, w) for k in state for w in (None, 5, {"x": 1})]:
@@ -432,9 +435,9 @@ def test_what_is_lost_from_env_json_comes_from_the_data_again(copied, capfd):
 )  # fmt: skip
 def test_a_model_json_that_names_anything_else_is_refused(change, copied):
     card = json.loads((copied / "weights/model.json").read_text())
-    models.rebuild(card)
+    zoo.rebuild(card)
     with pytest.raises(BadInput):
-        models.rebuild({**card, **change})
+        zoo.rebuild({**card, **change})
 
 
 @pytest.mark.parametrize(
@@ -470,7 +473,7 @@ def test_a_comparison_with_a_damaged_run_is_one_line(file, content, copied, fini
 
 def test_a_pickled_file_of_decoded_images_runs_nothing(photos, tmp_path, refused):
     cache, canary = tmp_path / "cache", tmp_path / "canary"
-    data.get_dls(Config(data=str(photos), size=16, cache=str(cache)))
+    loader.get_dls(Config(data=str(photos), size=16, cache=str(cache)))
     (folder,) = cache.iterdir()
     np.save(folder / "shapes.npy", np.array([Calls(os.system, f"touch {canary}")], dtype=object), allow_pickle=True)
     assert "is damaged" in refused("--data", photos, "--cache", cache)

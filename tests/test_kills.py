@@ -10,7 +10,8 @@ import pytorch_grad_cam  # noqa: F401
 import torch
 from matplotlib.figure import Figure
 
-from lib import checkpoint, evaluate, learner
+from lib.explain import evaluate
+from lib.train import checkpoint, learner
 from tests.conftest import on_ranks
 from tests.test_checkpoint import equal
 from train_fastai import main

@@ -8,16 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.interpret import ClassificationInterpretation
 from torch.nn import functional as F
 
-from lib import callbacks, learner, models
-from lib.callbacks import Diverged
+from lib import machine
+from lib.models import zoo
+from lib.train import averaging, recorder
+from lib.train.recorder import Diverged
 from tests.conftest import fingerprint, state_of
 
 
 def test_the_first_loss_is_near_ln_of_the_classes(make):
-    for name in models.MODELS:
+    for name in zoo.MODELS:
         _, learn = make("--model", name)
         assert abs(learn.validate()[0] - math.log(4)) < 0.35
 
@@ -72,7 +75,7 @@ def test_the_training_loss_is_the_mean_over_images(make):
     _, learn = make("-b", 25)
     seen = []
 
-    class Spy(callbacks.Callback):
+    class Spy(Callback):
         def after_batch(self):
             if self.training:
                 per_image = F.cross_entropy(self.pred, self.y, reduction="none")
@@ -91,8 +94,8 @@ def test_the_average_is_what_is_evaluated_and_kept_and_training_is_as_without_it
     """a <- d a + (1 - d) w behind each step, d = min(decay, (1 + t) / (10 + t)), BatchNorm's statistics along."""
     expected, evaluated, t = {}, [], 0
 
-    class Reference(callbacks.Callback):
-        order = callbacks.EMA.order - 1
+    class Reference(Callback):
+        order = averaging.EMA.order - 1
 
         def before_fit(self):
             expected.update({k: v.double().clone() for k, v in self.learn.model.state_dict().items()})
@@ -112,7 +115,7 @@ def test_the_average_is_what_is_evaluated_and_kept_and_training_is_as_without_it
             with torch.no_grad():
                 evaluated.append(F.cross_entropy(model(torch.cat(x)), torch.cat(y)).item())
 
-    best = callbacks.KeepBest()
+    best = averaging.KeepBest()
     _, learn = make("--ema", 0.3, "--accumulate", 2, cbs=[Reference(), best])
     _, plain = make("--accumulate", 2)
     learn.fit(3, 0.1), plain.fit(3, 0.1)
@@ -146,7 +149,7 @@ def test_evaluation_equals_plain_torch_and_changes_nothing(make):
 
 
 def test_a_fit_with_looks_equals_a_fit_without(make):
-    class Looks(callbacks.Callback):
+    class Looks(Callback):
         order = 90
 
         def after_epoch(self):
@@ -165,14 +168,14 @@ def test_a_fit_with_looks_equals_a_fit_without(make):
 def test_a_loss_that_is_not_finite_stops_loudly(make, at):
     _, learn = make()
 
-    class Poison(callbacks.Callback):
+    class Poison(Callback):
         def before_batch(self):
             if self.training and self.epoch == 1 and self.iter == at - 1:
                 self.learn.xb = (self.xb[0] * math.nan,)
 
     kept = []
     with pytest.raises(Diverged, match=f"nan at epoch 2, batch {at}, lr 0.05"):
-        learn.fit(3, 0.05, cbs=[Poison(), callbacks.KeepBest(kept.append)])
+        learn.fit(3, 0.05, cbs=[Poison(), averaging.KeepBest(kept.append)])
     assert len(learn.recorder.rows) == len(kept) == 1
 
 
@@ -181,7 +184,7 @@ def test_a_last_step_that_spoils_the_weights_keeps_nothing(make):
     _, learn = make("-b", 500)
     kept = []
     with pytest.raises(Diverged, match="_loss is (nan|inf) after epoch 1"):
-        learn.fit(1, 1e30, cbs=callbacks.KeepBest(kept.append))
+        learn.fit(1, 1e30, cbs=averaging.KeepBest(kept.append))
     assert kept == []
 
 
@@ -192,11 +195,11 @@ def test_weight_decay_given_to_fit_spares_norms_and_biases(make):
 
 
 def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
-    monkeypatch.setattr(callbacks, "CHECK_EVERY", 2)
+    monkeypatch.setattr(recorder, "CHECK_EVERY", 2)
     _, learn = make()
     steps = []
 
-    class Count(callbacks.Callback):
+    class Count(Callback):
         def after_batch(self):
             steps.append(1)
 
@@ -206,7 +209,7 @@ def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
 
 
 def test_the_best_weights_are_those_of_the_best_valid_accuracy():
-    keep, model = callbacks.KeepBest(), torch.nn.Linear(1, 1)
+    keep, model = averaging.KeepBest(), torch.nn.Linear(1, 1)
     keep.learn = learn = SimpleNamespace(evaluated=model, recorder=SimpleNamespace(rows=[]), side=None)
     scores = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)]
     for epoch, (acc, loss) in enumerate(scores, 1):
@@ -232,7 +235,7 @@ def test_precision_auto_is_what_the_chip_has(parse, monkeypatch):
     device = torch.device("cpu")
     for chip, expected in ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "float32"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda chip=chip: chip)
-        assert learner.pick_precision(parse(), device) == expected
+        assert machine.pick_precision(parse(), device) == expected
 
 
 def test_images_and_weights_are_channels_last(make):
@@ -249,14 +252,14 @@ def test_freed_memory_is_kept_and_not_cleared_anew():
     """
     script = """if 1:
     import resource, torch
-    from lib import learner
+    from lib import machine
     def faults(times):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(times):
             torch.ones(2**24)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     print(faults(8))
-    learner.keep_memory()
+    machine.keep_memory()
     print(faults(32), faults(8))
     """
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
@@ -271,8 +274,8 @@ HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_large_tensors_lie_in_huge_pages():
     script = """if 1:
     import torch
-    from lib import data, learner, models
-    learner.keep_memory()
+    from lib import machine
+    machine.keep_memory()
     kept = torch.ones(2**24)
     line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages"))
     print(line.split()[1])

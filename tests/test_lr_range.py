@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch_lr_finder import LRFinder
 
-from lib import lr_range, models, schedules
-from lib.config import BadInput
+from lib.cli import BadInput
+from lib.models import networks
+from lib.train import lr_range, schedules
 from tests.conftest import fingerprint, state_of
 from train_fastai import main
 
@@ -133,8 +134,8 @@ def test_a_curve_without_a_fall_is_refused(of):
 
 
 def test_a_model_that_cannot_learn_ends_in_status_2(bands, cache, tmp_path, capsys, monkeypatch):
-    forward = models.SmallResNet.forward
-    monkeypatch.setattr(models.SmallResNet, "forward", lambda self, x: forward(self, x) * 0.0)
+    forward = networks.SmallResNet.forward
+    monkeypatch.setattr(networks.SmallResNet, "forward", lambda self, x: forward(self, x) * 0.0)
     argv = ["--data", bands, "--size", "32", "-b", "16", "--model", "small", "--cache", cache, "--out", tmp_path]
     assert main([*map(str, argv)]) == 2
     err = capsys.readouterr().err

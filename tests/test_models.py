@@ -5,8 +5,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from lib import models
-from lib.config import BadInput
+from lib.cli import BadInput
+from lib.models import networks, zoo
 from train_fastai import main
 
 
@@ -14,8 +14,8 @@ from train_fastai import main
     "name, size, side", [("resnet18", 32, 4), ("resnet18", 224, 7), ("mobilenet_v3_small", 128, 4)]
 )
 def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
-    model, shapes = models.build(name, 3), []
-    layer = models.cam_layer(model, size)
+    model, shapes = zoo.build(name, 3), []
+    layer = zoo.cam_layer(model, size)
     assert model.training and not any(m._forward_hooks for m in model.modules())
     layer.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape)))
     assert model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
@@ -23,19 +23,19 @@ def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
 
 
 def test_the_layer_is_the_last_that_fits():
-    model = models.build("resnet18", 3)
-    assert models.cam_layer(model, 224) is model.layer4
-    assert models.cam_layer(model, 32) is model.layer2
+    model = zoo.build("resnet18", 3)
+    assert zoo.cam_layer(model, 224) is model.layer4
+    assert zoo.cam_layer(model, 32) is model.layer2
 
 
 def test_a_network_that_does_not_fit_the_images_is_one_line():
     with torch.device("meta"):
-        vit = models.build("vit_b_16", 3)
+        vit = zoo.build("vit_b_16", 3)
     with pytest.raises(BadInput, match="does not take images of 32 pixels"):
-        models.cam_layer(vit, 32)
+        zoo.cam_layer(vit, 32)
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     with pytest.raises(BadInput, match="no layer with a map of 4 x 4"):
-        models.cam_layer(flat, 32)
+        zoo.cam_layer(flat, 32)
 
 
 @pytest.mark.slow
@@ -46,23 +46,23 @@ def test_a_run_with_a_torchvision_network_rebuilds_from_its_card(bands, tmp_path
     assert main([*map(str, argv), "--out", str(tmp_path), "--name", "x"]) == 0
     card = json.loads((tmp_path / "x/weights/model.json").read_text())
     assert card["architecture"] == "torchvision.squeezenet1_1"
-    models.rebuild(card).load_state_dict(load_file(tmp_path / "x/weights/best.safetensors"))
+    zoo.rebuild(card).load_state_dict(load_file(tmp_path / "x/weights/best.safetensors"))
     assert (tmp_path / "x/gradcam.png").exists()
 
 
 def test_a_network_has_the_convolutions_that_its_arguments_say_and_its_card_rebuilds_it():
     args = dict(n_classes=4, stem=8, widths=[8, 16, 24], depths=[2, 3, 1], squeeze=False)
-    model = models.SmallResNet(**args)
+    model = networks.SmallResNet(**args)
     shapes = [tuple(m.weight.shape[:2]) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert shapes == [(8, 3), *[(8, 8)] * 3, (16, 8), *[(16, 16)] * 3, (24, 16), (24, 24)]
-    assert not any(isinstance(m, models.SqueezeExcite) for m in model.modules())
-    models.rebuild({"architecture": "SmallResNet", "args": args}).load_state_dict(model.state_dict())
+    assert not any(isinstance(m, networks.SqueezeExcite) for m in model.modules())
+    zoo.rebuild({"architecture": "SmallResNet", "args": args}).load_state_dict(model.state_dict())
 
 
 def test_squeeze_excite_scales_channels():
     torch.manual_seed(0)
-    model = models.build("small", 4).eval()
-    block = next(m for m in model.modules() if isinstance(m, models.SqueezeExcite))
+    model = zoo.build("small", 4).eval()
+    block = next(m for m in model.modules() if isinstance(m, networks.SqueezeExcite))
     x = torch.randn(2, block.scale[0].in_features, 5, 5)
     ratio = block(x) / x
     assert torch.allclose(ratio, ratio[:, :, :1, :1].expand_as(ratio), atol=1e-5)
@@ -77,10 +77,10 @@ def images_of_edges(n=64, side=16):
     return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_the_first_convolution_whitens(name):
     images = images_of_edges()
-    conv = models.build(name, 4, images=images).stem[0]
+    conv = zoo.build(name, 4, images=images).stem[0]
     assert not conv.weight.requires_grad and not conv.bias.any()
     out = conv(images).double().movedim(1, 3).flatten(0, 2)
     half = out.shape[1] // 2
@@ -91,7 +91,7 @@ def test_the_first_convolution_whitens(name):
 
 def test_grey_images_whiten_to_finite_filters():
     images = images_of_edges()[:, :1].expand(-1, 3, -1, -1)
-    conv = models.build("small", 4, images=images).stem[0]
+    conv = zoo.build("small", 4, images=images).stem[0]
     assert torch.isfinite(conv.weight).all() and conv(images).abs().max() < 20
     coloured = images_of_edges()  # the colours that training has not shown do not matter
     assert torch.allclose(conv(coloured), conv(coloured.mean(1, keepdim=True).expand_as(coloured)), atol=1e-4)
@@ -119,4 +119,4 @@ def test_training_leaves_the_whitening_as_it_is_and_its_bias_after_three_epochs(
 
 
 def test_without_images_the_first_convolution_learns():
-    assert models.build("small", 4).stem[0].weight.requires_grad
+    assert zoo.build("small", 4).stem[0].weight.requires_grad

@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from lib import data
+from lib.data import folders, sources
 from tests.conftest import state_of
 
 NOTEBOOK = Path(__file__).parent.parent / "docs/notebook.ipynb"
@@ -28,12 +28,12 @@ def no_windows():
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys, parse):
     """On the first 25 of each digit; the notebook has them all."""
-    whole, few = data.root_folder(parse("--data", "digits")), tmp_path / "digits"
-    for folder in data.visible(whole):
+    whole, few = sources.root_folder(parse("--data", "digits")), tmp_path / "digits"
+    for folder in folders.visible(whole):
         (few / folder.name).mkdir(parents=True)
-        for file in data.visible(folder)[:25]:
+        for file in folders.visible(folder)[:25]:
             shutil.copy(file, few / folder.name)
-    monkeypatch.setitem(data.SOURCES, "digits", lambda config: few)
+    monkeypatch.setitem(sources.SOURCES, "digits", lambda config: few)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     cells = [c for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]

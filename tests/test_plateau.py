@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import config as configs
-from lib import schedules
-from lib.callbacks import Progress, ReduceLROnPlateau
-from lib.schedules import Hypers, Plateau
+from lib.train import schedules
+from lib.train.plateau import Plateau, ReduceLROnPlateau
+from lib.train.recorder import Progress
+from lib.train.schedules import Hypers
 
 numbers = st.floats(-10, 10).map(lambda x: round(x, 2))  # coarse, so that ties and near misses happen
 values_lists = st.lists(numbers | st.sampled_from([math.nan, math.inf, 0.0]), min_size=1, max_size=60)

@@ -17,8 +17,11 @@ import pytest
 from PIL import Image
 
 from lib import config as settings
-from lib import data, evaluate, export, learner, predict
-from lib.config import BadInput
+from lib import export, predict
+from lib.cli import BadInput
+from lib.data import loader
+from lib.explain import evaluate
+from lib.train import learner
 from tests.conftest import picture, save
 
 
@@ -51,7 +54,7 @@ def evaluated(trained):
     """(paths, targets, probabilities) of the run's test images, as evaluation has them."""
     run, _ = trained
     config = settings.parse(["-c", str(run / "args.yaml")])
-    dls = data.get_dls(config)
+    dls = loader.get_dls(config)
     learn = learner.build(config, dls, predict.load(run, "cpu").model)
     targets, p, _ = evaluate.outcome(learn, dls.test)
     return [dls.store.paths[i] for i in dls.test.ids], targets, p

@@ -7,10 +7,15 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from torch.nn import functional as F
 
-from lib import callbacks, checkpoint, config, data, gradcam, learner, models, predict, schedules
-from lib.config import BadInput
+from lib import config, predict
+from lib.cli import BadInput
+from lib.data import loader
+from lib.explain import gradcam
+from lib.models import zoo
+from lib.train import checkpoint, learner, schedules
 from tests.conftest import picture, save, state_of
 from train_fastai import main
 
@@ -41,7 +46,7 @@ def tuned(make, weights):
         argv = ["--model", NET, "--pretrained", weights / file, *argv]
         config, learn = make(*argv, cbs=cbs)
         torch.manual_seed(config.seed)
-        model = models.build(config.model, len(learn.dls.vocab), config.pretrained)
+        model = zoo.build(config.model, len(learn.dls.vocab), config.pretrained)
         return config, learner.build(config, learn.dls, model, cbs=cbs)
 
     return tuned
@@ -52,26 +57,26 @@ def test_the_body_is_the_files_and_the_head_is_fresh(tuned, weights, file):
     _, learn = tuned(file=file)
     theirs, ours = torch.load(weights / "net.pth", weights_only=True), learn.model.state_dict()
     assert all((ours[k] == v).all() for k, v in theirs.items() if not k.startswith("fc."))
-    assert ours["fc.weight"].shape == (4, 1024) and learn.model.fc is models.head(learn.model)
-    again = models.build(NET, 1000, str(weights / file))  # as many classes as the file has: a fresh head as well
+    assert ours["fc.weight"].shape == (4, 1024) and learn.model.fc is zoo.head(learn.model)
+    again = zoo.build(NET, 1000, str(weights / file))  # as many classes as the file has: a fresh head as well
     assert (again.state_dict()["conv1.0.weight"] == theirs["conv1.0.weight"]).all()
     assert (again.state_dict()["fc.weight"] != theirs["fc.weight"]).any()
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "densenet121", "googlenet", *models.MODELS])
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "densenet121", "googlenet", *zoo.MODELS])
 def test_every_kind_of_head_and_torchvisions_older_names(name, tmp_path):
     from torchvision.models import get_model
 
     extra = {"init_weights": False} if name == "googlenet" else {}
-    theirs = models.build(name, 7) if name in models.MODELS else get_model(name, weights=None, **extra)
+    theirs = zoo.build(name, 7) if name in zoo.MODELS else get_model(name, weights=None, **extra)
     state = {
         k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in k else k: v
         for k, v in theirs.state_dict().items()
         if not k.endswith("num_batches_tracked")
     }
     torch.save(state, tmp_path / "w.pth")
-    model = models.build(name, 5, str(tmp_path / "w.pth"))
-    last = models.head(model)
+    model = zoo.build(name, 5, str(tmp_path / "w.pth"))
+    last = zoo.head(model)
     assert last.weight.shape[0] == 5
     of_head = {id(p) for p in last.parameters()}
     named = dict(theirs.named_parameters())
@@ -81,16 +86,16 @@ def test_every_kind_of_head_and_torchvisions_older_names(name, tmp_path):
 def test_normalisation_is_that_of_the_weights_and_stands_in_the_card(tuned, tmp_path):
     config, learn = tuned()
     assert np.allclose(learn.dls.mean, [0.485, 0.456, 0.406]) and np.allclose(learn.dls.std, [0.229, 0.224, 0.225])
-    card = models.card(NET, learn.dls, "rule", True)
+    card = zoo.card(NET, learn.dls, "rule", True)
     assert card["mean"] == [0.485, 0.456, 0.406]
     for name, mean in (("efficientnet_v2_l", 0.5), ("googlenet", 0.5), ("vit_b_16", 0.485)):
-        assert models.pretrained_stats(config_of(name))[0][0] == mean
+        assert loader.pretrained_stats(config_of(name))[0][0] == mean
     (tmp_path / "model.json").write_text(json.dumps({**card, "mean": [0.1, 0.2, 0.3]}))
     beside = config_of("small", tmp_path / "best.safetensors")  # a run's own weights
-    assert models.pretrained_stats(beside)[0].tolist() == [0.1, 0.2, 0.3]
+    assert loader.pretrained_stats(beside)[0].tolist() == [0.1, 0.2, 0.3]
     (tmp_path / "model.json").unlink()
     with pytest.raises(BadInput, match="model.json"):
-        models.pretrained_stats(beside)
+        loader.pretrained_stats(beside)
 
 
 def config_of(name, pretrained="torchvision"):
@@ -109,7 +114,7 @@ def test_first_the_head_and_the_norms_learn_and_then_all(tuned):
     """fastai's freeze leaves the norms of a frozen body to learn (`train_bn`), and so does this."""
     states = []
 
-    class Watch(callbacks.Callback):
+    class Watch(Callback):
         order = 90
 
         def before_train(self):
@@ -151,7 +156,7 @@ def test_one_rate_under_the_schedule_and_a_range_test_of_the_whole_network(tuned
     assert state_of(learn) == before
     rates = []
 
-    class Rates(callbacks.Callback):
+    class Rates(Callback):
         def before_step(self):
             rates.append({g["lr"] for g in self.learn.opt.opt.param_groups})
 
@@ -169,9 +174,9 @@ def config_at(config, lr):
 
 def test_gradcam_explains_it(tmp_path):
     torch.manual_seed(0)
-    torch.save(models.build("resnet18", 1000).state_dict(), tmp_path / "w.pth")
-    model = models.build("resnet18", 4, tmp_path / "w.pth")
-    maps = gradcam.maps(model, models.cam_layer(model, 32), torch.randn(8, 3, 32, 32), [0, 1, 2, 3] * 2)
+    torch.save(zoo.build("resnet18", 1000).state_dict(), tmp_path / "w.pth")
+    model = zoo.build("resnet18", 4, tmp_path / "w.pth")
+    maps = gradcam.maps(model, zoo.cam_layer(model, 32), torch.randn(8, 3, 32, 32), [0, 1, 2, 3] * 2)
     assert np.mean([m.max() > m.min() for m in maps]) >= 0.5  # of fresh weights some are empty
 
 
@@ -200,7 +205,7 @@ def test_a_run_cut_short_while_frozen_ends_as_if_it_had_not_been(weights, bands,
     assert card["mean"] == [0.485, 0.456, 0.406]
     use = predict.load(tmp_path / "cut", "cpu")
     test = json.loads((tmp_path / "cut/summary.json").read_text())
-    dls = data.get_dls(config.parse(["-c", str(tmp_path / "cut/args.yaml")]))
+    dls = loader.get_dls(config.parse(["-c", str(tmp_path / "cut/args.yaml")]))
     p = use([dls.store.paths[i] for i in dls.test.ids])[1]
     assert (p.argmax(1) == dls.test.labels).mean() == test["test_acc"]
 
@@ -228,7 +233,7 @@ def test_torchvisions_own_loader_is_asked_safely(monkeypatch, weights):
         return torch.load(weights / "net.pth", weights_only=True)
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", loader)
-    model = models.build(NET, 3, "torchvision")
+    model = zoo.build(NET, 3, "torchvision")
     theirs = torch.load(weights / "net.pth", weights_only=True)
     assert (model.conv5[0].weight == theirs["conv5.0.weight"]).all()
     (url, options), *more = asked
@@ -276,8 +281,8 @@ def test_class_weights_are_in_inverse_proportion_and_in_the_training_loss_alone(
         for i in range(n):
             save(tmp_path / f"{k}" / f"{i}.png", picture(rng, k))
     config = parse("--data", tmp_path, "--size", 32, "--model", "small", "--class-weights", "-b", 16)
-    dls = data.get_dls(config)
-    learn = learner.build(config, dls, models.build("small", 3))
+    dls = loader.get_dls(config)
+    learn = learner.build(config, dls, zoo.build("small", 3))
     n = np.bincount(dls.train.labels)
     expected = len(dls.train.labels) / (3 * n)
     assert np.allclose(learn.loss_func.func.weight, expected) and len(set(n)) == 3
@@ -292,4 +297,4 @@ def test_class_weights_are_in_inverse_proportion_and_in_the_training_loss_alone(
     assert smooth(torch.tensor(log_p), y).item() == pytest.approx(by_hand, rel=1e-5)
     z, y = zip(*[(z, y) for _, z, y in learn.logits(dls.valid)])
     assert learn.validate()[0] == pytest.approx(F.cross_entropy(torch.cat(z), torch.cat(y)).item(), rel=1e-5)
-    assert learner.build(parse("--data", "digits"), dls, models.build("small", 3)).loss_func.func.weight is None
+    assert learner.build(parse("--data", "digits"), dls, zoo.build("small", 3)).loss_func.func.weight is None

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from lib import callbacks, checkpoint, data, learner, ranks, runs, schedules
 from lib import config as settings
+from lib import machine
+from lib.data import loader
+from lib.train import checkpoint, learner, ranks, recorder, schedules
 from tests.conftest import free_port, on_ranks
 from tests.test_checkpoint import ARGS, equal, results, train
 from train_fastai import main
@@ -37,7 +39,7 @@ def trained(bands, cache, network, epochs, cbs, *more):
     """(weights and buffers as one vector, rows) of `network()`; 88 images in batches of 29 leave a last one of 1."""
     argv = ["--data", bands, "--cache", cache, "--size", 32, "--epochs", epochs, "-b", 29, "--lr", 0.1, *more]
     config = settings.parse(list(map(str, argv)))
-    dls = data.get_dls(config)
+    dls = loader.get_dls(config)
     torch.manual_seed(0)
     learn = learner.build(config, dls, network(), cbs=cbs)
     schedules.fit(learn, config, 0.1)
@@ -110,20 +112,20 @@ def said(path):
 
 def stop_at_signal(epoch, batch):
     """From here on this process gets a SIGTERM in that batch of a fit."""
-    after_batch = callbacks.EpochRecorder.after_batch
+    after_batch = recorder.EpochRecorder.after_batch
 
     def stop(self):
         if (self.epoch, self.iter) == (epoch, batch):
             os.kill(os.getpid(), signal.SIGTERM)
         after_batch(self)
 
-    callbacks.EpochRecorder.after_batch = stop
+    recorder.EpochRecorder.after_batch = stop
 
 
 @pytest.mark.parametrize("fault, status, words", [("nan", [3, 3], "epoch 2, batch"), ("error", [1, 1], "disk on fire")])
 def test_what_ends_one_rank_ends_all(fault, status, words, bands, tmp_path):
     def job(rank):
-        after_batch = callbacks.EpochRecorder.after_batch
+        after_batch = recorder.EpochRecorder.after_batch
 
         def fail(self):
             if rank == 1 and self.epoch == 1 and self.training:
@@ -132,7 +134,7 @@ def test_what_ends_one_rank_ends_all(fault, status, words, bands, tmp_path):
                 self.learn.loss = self.learn.loss * torch.nan
             after_batch(self)
 
-        callbacks.EpochRecorder.after_batch = fail
+        recorder.EpochRecorder.after_batch = fail
         return main(["--data", str(bands), "--out", str(tmp_path / "runs"), "--name", "run", *ARGS])
 
     start = time.monotonic()
@@ -151,7 +153,7 @@ def test_bad_data_on_ranks_ends_all(tmp_path):
 
 
 def test_a_comparison_on_ranks_is_refused(bands, tmp_path, monkeypatch, capsys):
-    for name in runs.TORCHRUN:
+    for name in machine.TORCHRUN:
         monkeypatch.setenv(name, "2")
     assert main(["--data", str(bands), "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     assert "lib.compare" in capsys.readouterr().err

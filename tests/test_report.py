@@ -18,9 +18,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from lib import callbacks, compare, config, evaluate, report, runs
+from lib import compare, config, report, runs
 from lib.config import Config
+from lib.explain import evaluate
 from lib.runs import write_csv, write_table
+from lib.train import recorder
 from tests.browser import CHROMIUM, Browser
 from train_fastai import main
 
@@ -276,14 +278,14 @@ def test_training_keeps_the_page_up_to_date(bands, tmp_path, cache, monkeypatch,
     seen, write, shown = [], report.write, []
     monkeypatch.setattr(report, "write", lambda *a, **k: seen.append(data_of(path := write(*a, **k))) or path)
     monkeypatch.setattr(report.webbrowser, "open", shown.append)
-    after_train = callbacks.EpochRecorder.after_train
+    after_train = recorder.EpochRecorder.after_train
 
     def stop(self):
         if self.epoch == 1 and end != "done":
-            raise KeyboardInterrupt if end == "interrupted" else callbacks.Diverged("the loss is nan")
+            raise KeyboardInterrupt if end == "interrupted" else recorder.Diverged("the loss is nan")
         after_train(self)
 
-    monkeypatch.setattr(callbacks.EpochRecorder, "after_train", stop)
+    monkeypatch.setattr(recorder.EpochRecorder, "after_train", stop)
     argv = ["--data", bands, "--size", 32, "--model", "small", "--epochs", 2, "--lr", 0.05, "-b", 16, "--gallery", 0]
     status = main([*map(str, argv), "--out", str(tmp_path), "--name", "x", "--cache", str(cache), "--open"])
     assert status == {"done": 0, "interrupted": 130, "diverged": 3}[end] and len(shown) == 1
@@ -298,12 +300,12 @@ def test_the_bar_shows_loss_accuracy_rate_and_time_left(make, monkeypatch):
     class Terminal(io.StringIO):
         isatty = lambda self: True
 
-    _, learn = make(cbs=[callbacks.Progress()])
+    _, learn = make(cbs=[recorder.Progress()])
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(callbacks, "CHECK_EVERY", 2)
-    bar = callbacks.tqdm
-    monkeypatch.setattr(callbacks, "tqdm", lambda **kwargs: bar(**{**kwargs, "mininterval": 0}))
-    monkeypatch.setattr(callbacks.tqdm, "format_interval", bar.format_interval, raising=False)
+    monkeypatch.setattr(recorder, "CHECK_EVERY", 2)
+    bar = recorder.tqdm
+    monkeypatch.setattr(recorder, "tqdm", lambda **kwargs: bar(**{**kwargs, "mininterval": 0}))
+    monkeypatch.setattr(recorder.tqdm, "format_interval", bar.format_interval, raising=False)
     learn.fit(2, 0.02)
     text = sys.stderr.getvalue()
     assert re.search(r"epoch 2/2: .*acc=[01]\.\d{3}, left=00:0\d, loss=\d\.\d{3}, lr=0.02", text), text[-500:]

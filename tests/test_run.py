@@ -17,8 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
-from lib import data, runs
-from lib.config import BadInput, Config
+from lib import runs
+from lib.cli import BadInput
+from lib.config import Config
+from lib.data import folders
 from tests.conftest import save
 from train_fastai import main
 
@@ -125,7 +127,7 @@ def test_the_weights_reload_in_plain_torch(smoke):
     """The lines that the README shows, and the same test accuracy."""
     from safetensors.torch import load_file
 
-    from lib.models import rebuild
+    from lib.models.zoo import rebuild
 
     run, _, _ = smoke
     card = json.loads((run / "weights/model.json").read_text())
@@ -133,7 +135,7 @@ def test_the_weights_reload_in_plain_torch(smoke):
     model.load_state_dict(load_file(run / "weights/best.safetensors"))
     model.eval()
     args = yaml.safe_load((run / "args.yaml").read_text())
-    _, _, test = data.find_images(Path(args["cache"]) / "digits", args["valid_pct"], args["split_seed"])
+    _, _, test = folders.find_images(Path(args["cache"]) / "digits", args["valid_pct"], args["split_seed"])
     mean, std = (torch.tensor(card[k]).view(3, 1, 1) for k in ("mean", "std"))
     right = 0
     for path, name in test:

@@ -7,8 +7,11 @@ import torch
 from fastai.callback.core import Callback
 from torch.optim import lr_scheduler
 
-from lib import augment, callbacks, checkpoint, config, learner, schedules
-from lib.config import BadInput, Config
+from lib import config
+from lib.cli import BadInput
+from lib.config import Config
+from lib.data import augment
+from lib.train import checkpoint, lecture, optimizers, plateau, recorder, schedules
 from train_fastai import main
 
 STEPS = 7
@@ -131,7 +134,7 @@ def test_warm_up_leaves_the_owner_its_rate(make):
 def test_the_batch_grows_where_the_rate_would_shrink(make, capsys):
     settings = "--epochs 5 --lr 0.1 -b 10 --patience-epochs 0 --threshold 9 --threshold-mode abs --factor 0.5".split()
     c, learn = make(*settings, "--schedule", "grow_batch", "--max-batch-size", 30)
-    learn.add_cb(callbacks.Progress())
+    learn.add_cb(recorder.Progress())
     schedules.fit(learn, c, 0.1)
     rows = learn.recorder.rows
     assert [row["batch_size"] for row in rows] == [10, 10, 20, 30, 30]
@@ -161,7 +164,7 @@ def test_one_cycle_gives_no_momentum_to_optimizers_without_one(name, make):
 def test_two_owners_are_refused(make):
     _, learn = make()
     with pytest.raises(ValueError, match="two owners"):
-        learn.fit(1, 0.1, cbs=[callbacks.Scheduled(lambda t: {"lr": 1}), callbacks.ReduceLROnPlateau()])
+        learn.fit(1, 0.1, cbs=[schedules.Scheduled(lambda t: {"lr": 1}), plateau.ReduceLROnPlateau()])
 
 
 @pytest.mark.parametrize("name", config.OPTIMIZERS)
@@ -176,7 +179,7 @@ def test_optimizers_are_torchs(name, make):
         adagrad=lambda p: torch.optim.Adagrad(p, 0.01),
         adam=lambda p: torch.optim.Adam(p, 0.01, betas=(0.8, 0.999)),
     )
-    decayed, spared = learner.decay_split(twin.model)
+    decayed, spared = optimizers.decay_split(twin.model)
     opt = torchs[name]([{"params": decayed, "weight_decay": 5e-4}, {"params": spared, "weight_decay": 0}])
     twin.model.train()
     for x, y in learn.dls.train:
@@ -191,7 +194,7 @@ def test_optimizers_are_torchs(name, make):
 
 
 def test_sgd_needs_less_memory_than_adam(make):
-    from lib.evaluate import optimizer_state_bytes
+    from lib.explain.evaluate import optimizer_state_bytes
 
     sizes = {}
     for name in config.OPTIMIZERS:
@@ -208,7 +211,7 @@ def noise_alone(seed):
     """Parameters whose gradient is the noise of step 0."""
     model = torch.nn.Linear(50, 50, bias=False)
     model.weight.grad = torch.zeros_like(model.weight)
-    noise = callbacks.GradNoise(0.04, seed)
+    noise = lecture.GradNoise(0.04, seed)
     noise.learn = SimpleNamespace(model=model, scaler=None)
     noise.before_step()
     return list(model.parameters())
@@ -245,8 +248,8 @@ def test_noise_only_behind_a_plateau(make, capsys):
     plateaus = "--patience-epochs 1 --threshold 1 --threshold-mode abs".split()
     _, learn = make("--epochs", 6, "--grad-noise", 1e-6, "--perturb-on-plateau", *plateaus)
     seen = []
-    before_step = callbacks.GradNoise.before_step
-    noise = next(cb for cb in learn.cbs if isinstance(cb, callbacks.GradNoise))
+    before_step = lecture.GradNoise.before_step
+    noise = next(cb for cb in learn.cbs if isinstance(cb, lecture.GradNoise))
     noise.before_step = lambda: (seen.append((learn.epoch, noise.on)), before_step(noise))
     learn.fit(6, 1e-6)
     assert [on for epoch, on in dict(seen).items()] == [False, False, False, True, False, True]
@@ -322,7 +325,7 @@ RUN = "--size 32 --model small --epochs 3 --lr 0.02 -b 16 --gallery 0".split()
 def test_a_run_with_everything_goes_on_where_it_was_cut(more, bands, tmp_path, monkeypatch):
     argv = ["--data", str(bands), "--out", str(tmp_path), *RUN, *more.split()]
     assert main([*argv, "--name", "whole"]) == 0
-    after_epoch = callbacks.Progress.after_epoch
+    after_epoch = recorder.Progress.after_epoch
 
     def stop(self):
         after_epoch(self)
@@ -330,7 +333,7 @@ def test_a_run_with_everything_goes_on_where_it_was_cut(more, bands, tmp_path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(callbacks.Progress, "after_epoch", stop)
+        m.setattr(recorder.Progress, "after_epoch", stop)
         assert main([*argv, "--name", "cut"]) == 130
     assert main(["--resume", str(tmp_path / "cut")]) == 0
     states = [checkpoint.load(tmp_path / name / "weights/last.pt") for name in ("whole", "cut")]

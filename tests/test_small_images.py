@@ -7,21 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
-from lib import callbacks, models
-from lib.config import BadInput
+from lib.cli import BadInput
+from lib.models import networks, zoo
+from lib.train import averaging
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """A list that gets (whether in training, side) of each batch that a network of ours is fed."""
-    sides, forward = [], models.SmallResNet.forward
+    sides, forward = [], networks.SmallResNet.forward
 
     def look(self, x):
         assert x.shape[2] == x.shape[3] and x.is_contiguous(memory_format=torch.channels_last)
         sides.append((self.training, x.shape[2]))
         return forward(self, x)
 
-    monkeypatch.setattr(models.SmallResNet, "forward", look)
+    monkeypatch.setattr(networks.SmallResNet, "forward", look)
     return sides
 
 
@@ -63,7 +64,7 @@ def test_images_shrink_as_pillow_shrinks_them(make):
 
 
 def test_weights_of_whole_images_are_kept_before_any_of_small_ones():
-    keep, rows = callbacks.KeepBest(), []
+    keep, rows = averaging.KeepBest(), []
     keep.learn = learn = SimpleNamespace(evaluated=torch.nn.Linear(1, 1), recorder=SimpleNamespace(rows=rows))
     kept = []
     for epoch, (side, acc) in enumerate([(24, 0.5), (24, 0.9), (24, 0.8), (None, 0.6), (None, 0.7), (None, 0.65)], 1):
@@ -82,7 +83,7 @@ class OneSide(torch.nn.Sequential):
 
 
 def test_a_network_that_takes_one_size_alone_is_refused_before_training():
-    fit = lambda small: models.smallest_side(OneSide(), SimpleNamespace(small_epochs=small), 32)
+    fit = lambda small: zoo.smallest_side(OneSide(), SimpleNamespace(small_epochs=small), 32)
     assert fit(0) == 32
     with pytest.raises(BadInput, match="does not take images of 24 pixels.*or --small-epochs 0"):
         fit(2)

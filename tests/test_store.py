@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from lib import data, store
-from lib.config import BadInput
-from lib.store import Store
+from lib.cli import BadInput
+from lib.data import decode, loader, store
+from lib.data.store import Store
 from tests.conftest import save
 
 RNG = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def encoded(image, kind, **options):
 def test_a_plain_jpeg_has_the_pixels_that_pillow_gives(h, w, quality, subsampling, progressive, grey):
     image = Image.fromarray(smooth(h, w)).convert("L" if grey else "RGB")
     content = encoded(image, "jpeg", quality=quality, subsampling=subsampling, progressive=progressive)
-    found = store.quick(content, 32)
+    found = decode.quick(content, 32)
     assert (found is None) == (min(h, w) >= 64)
     assert (found == pillow(content)).all()
 
@@ -52,7 +52,7 @@ def test_a_plain_png_has_the_pixels_that_pillow_gives(mode):
         harmless.add(b"sRGB", b"\0")
         harmless.add(b"pHYs", struct.pack(">IIB", 100, 200, 1))
         content = encoded(Image.fromarray(smooth(h, w)).convert(mode), "png", pnginfo=harmless)
-        assert (store.quick(content, 32) == pillow(content)).all()
+        assert (decode.quick(content, 32) == pillow(content)).all()
 
 
 def special():
@@ -84,7 +84,7 @@ def special():
 
 @pytest.mark.parametrize("name, content", list(special()), ids=lambda x: x if isinstance(x, str) else "")
 def test_every_other_kind_is_left_to_pillow(name, content):
-    assert store.quick(content, 32) is None
+    assert decode.quick(content, 32) is None
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
@@ -96,7 +96,7 @@ def test_of_damaged_files_only_whole_images_are_taken(kind):
         if i:
             content[RNG.integers(len(content))] = RNG.integers(256)
         try:
-            found = store.quick(bytes(content), 32)
+            found = decode.quick(bytes(content), 32)
             theirs = pillow(bytes(content))
         except Exception:
             continue
@@ -119,7 +119,7 @@ def test_the_store_in_a_file_equals_that_in_memory(ragged, tmp_path, monkeypatch
     memory = Store(ragged, 24, tmp_path)
     file = Store(ragged, 24, tmp_path, cache=tmp_path / "cache")
     for i, path in enumerate(ragged):
-        expected = store.decode(path, 24)
+        expected = decode.decode(path, 24)
         assert min(expected.shape[:2]) == 24
         assert (memory[i] == expected).all() and (file[i] == expected).all()
     assert memory.fingerprint() == file.fingerprint()
@@ -129,7 +129,7 @@ def test_the_store_in_a_file_equals_that_in_memory(ragged, tmp_path, monkeypatch
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as m:
-        m.setattr(store, "decode", fail)
+        m.setattr(decode, "decode", fail)
         again = Store(ragged, 24, tmp_path, cache=tmp_path / "cache")
     assert (again[299] == memory[299]).all() and again.fingerprint() == memory.fingerprint()
 
@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_read_leaves_no_cache(ragged, tmp_path):
 
 def test_training_sees_the_same_images_with_and_without_a_cache(bands, tmp_path, parse):
     def batch(*argv):
-        dls = data.get_dls(parse("--data", bands, "--size", 32, *argv))
+        dls = loader.get_dls(parse("--data", bands, "--size", 32, *argv))
         return next(iter(dls.train))[0], dls.mean
 
     (a, m), (b, n) = batch("--cache", ""), batch("--cache", tmp_path)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 
-from lib.runs import environment
+from lib.machine import environment
 
 VERSIONS = ("python", "torch", "torchvision", "fastai", "albumentations", "commit")
 KEPT = (*VERSIONS, "cpu", "cpu_model", "cpu_count", "cpu_capability")

@@ -29,12 +29,13 @@ def kilobytes(what):
 
 def measure(root, side, cache):
     """One row, in this process."""
-    from lib import config, data
+    from lib import config
+    from lib.data import loader
 
     before = kilobytes("RssAnon")
     settings = ["--data", root, "--size", side, "--valid-pct", 0] + (["--cache", cache] if cache else [])
     start = time.perf_counter()
-    dls = data.get_dls(config.parse(list(map(str, settings))))
+    dls = loader.get_dls(config.parse(list(map(str, settings))))
     read, start = time.perf_counter() - start, time.perf_counter()
     for _ in dls.train:
         pass
@@ -70,7 +71,10 @@ def main():
                 out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
                 rows.append(json.loads(out.splitlines()[-1]))
                 print(rows[-1], flush=True)
-                save(args.out, {"command": "python -m tests.benchmarks.growth", "rows": rows, "machine": machine()})
+                save(
+                    args.out,
+                    {"command": "python -m tests.benchmarks.growth", "rows": rows, "machine": machine()},
+                )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import config, data, learner, models
-from tests.benchmarks.common import machine, save
+from lib import config, machine
+from lib.data import loader
+from lib.models import networks, zoo
+from lib.train import learner, optimizers
+from tests.benchmarks import common
+from tests.benchmarks.common import save
 
 WIDE = dict(stem=24, widths=(64, 128, 256))
 CANDIDATES = {
-    **{name: args for name, (_, args) in models.MODELS.items()},
+    **{name: args for name, (_, args) in zoo.MODELS.items()},
     "32,96,256": dict(stem=24, widths=(32, 96, 256)),
     "64,256,256": dict(stem=24, widths=(64, 256, 256)),
     "64,128,256": WIDE,
@@ -37,7 +41,7 @@ def network(args, dls):
     """A fresh network of `args` for the data."""
     args = dict(args)
     whiten = args.pop("whiten", True)
-    model = models.SmallResNet(len(dls.vocab), **args)
+    model = networks.SmallResNet(len(dls.vocab), **args)
     if whiten:
         model.whiten(dls.train.plain()[0])
     return model.to(memory_format=torch.channels_last)
@@ -87,7 +91,7 @@ def train(args, seed, steps, dls, autocast, lr):
     """Valid accuracy of a network of `args` after `steps` batches of one cycle."""
     torch.manual_seed(seed)
     model = network(args, dls)
-    decayed, spared = learner.decay_split(model)
+    decayed, spared = optimizers.decay_split(model)
     groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": spared, "weight_decay": 0}]
     opt = torch.optim.SGD(groups, lr, 0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, cycle_momentum=False, pct_start=0.25)
@@ -121,10 +125,10 @@ def main():
     p.add_argument("--out", default="results/networks.json")
     args = p.parse_args()
     settings = config.parse(["--data", args.data, "--size", "32", "--precision", args.precision])
-    precision = learner.pick_precision(settings, torch.device("cpu"))
+    precision = machine.pick_precision(settings, torch.device("cpu"))
     dtype = learner.DTYPES[precision]
     autocast = lambda: torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
-    dls = data.get_dls(settings)
+    dls = loader.get_dls(settings)
     batch = tuple(t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
     made = {name: network(CANDIDATES[name], dls) for name in args.only}
     about = {
@@ -152,7 +156,7 @@ def main():
             runs[key] = {"valid_acc": acc, "batches": steps, "seconds": seconds}
             print(f"{name:20s} {key:16s} {steps} batches, {seconds:.0f} s: valid {acc:.4f}", flush=True)
             command = f"python -m tests.benchmarks.networks --data … --seconds {args.seconds:g}"
-            save(args.out, {"command": command, "precision": precision, "rows": rows, "machine": machine()})
+            save(args.out, {"command": command, "precision": precision, "rows": rows, "machine": common.machine()})
 
 
 if __name__ == "__main__":

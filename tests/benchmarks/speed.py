@@ -35,13 +35,15 @@ from fastai.vision.data import ImageBlock
 from fasttransform import Transform
 from torch import nn
 
-from lib import callbacks, checkpoint, config, data, learner, lr_range, models, schedules
-from tests.benchmarks.common import generate, machine, save, subset
+from lib import config, machine
+from lib.data import loader
+from lib.models import zoo
+from lib.train import averaging, checkpoint, learner, lr_range, recorder, schedules
+from tests.benchmarks.common import generate, save, subset
 
 ROOT = Path(__file__).parents[2]
 FIRST_STEP = """
 import os, sys, time, resource
-from lib import learner
 def step(self, *args):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
     os._exit(0)
@@ -91,7 +93,7 @@ class Residual(nn.Sequential):
 
 def network(name, n_classes, images):
     """The network that `--model` asks for, with fresh weights, as it trains behind the first epochs."""
-    model = ResNet9(n_classes) if name == "resnet9" else models.build(name, n_classes, images=images)
+    model = ResNet9(n_classes) if name == "resnet9" else zoo.build(name, n_classes, images=images)
     for p in getattr(model, "early", []):
         p.requires_grad_(False)
     return model
@@ -167,11 +169,11 @@ class Ours:
     """A run as `train_fastai.py` makes it."""
 
     def __init__(self, settings, device, precision, folder):
-        self.dls = data.get_dls(settings, device)
+        self.dls = loader.get_dls(settings, device)
         model = network(settings.model, len(self.dls.vocab), self.dls.train.plain()[0])
         self.learn = learner.build(settings, self.dls, model, precision, cbs=[Timed()])
         self.learn.add_cbs(
-            [callbacks.KeepBest(), callbacks.Progress(), checkpoint.Checkpoint(folder / "last.pt")],
+            [averaging.KeepBest(), recorder.Progress(), checkpoint.Checkpoint(folder / "last.pt")],
         )
         self.settings, self.images = settings, len(self.dls.train.dataset)
 
@@ -262,7 +264,7 @@ def main():
     p.add_argument("--precision", default="auto")
     p.add_argument("--out", default="results/speed.json")
     args = p.parse_args()
-    learner.keep_memory()  # of the whole process: the ceiling has it too
+    machine.keep_memory()  # of the whole process: the ceiling has it too
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         root = folder / "images"
@@ -275,8 +277,8 @@ def main():
         common += ["--ema", config.SOURCES["cifar10"]["ema"]]
         common = list(map(str, common))
         settings = config.parse(common)
-        device = models.pick_device(settings)
-        precision = learner.pick_precision(settings, device)
+        device = machine.pick_device(settings)
+        precision = machine.pick_precision(settings, device)
         torch.manual_seed(0)
         ours = Ours(settings, device, precision, folder)
         with Stock.elsewhere(root, settings, device) as stock:
@@ -315,7 +317,7 @@ def main():
             "batch_size": args.batch_size,
             "precision": precision,
             "device": str(device),
-            "machine": machine(),
+            "machine": common.machine(),
         },
     )
     for name, found in rounds.items():

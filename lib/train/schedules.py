@@ -4,79 +4,68 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+from fastai.callback.core import Callback
 
 from lib.config import MOMENTUM
+from lib.train.lecture import GrowBatchOnPlateau, batch_sizes
+from lib.train.plateau import ReduceLROnPlateau, check_sole_owner, plateau_options
 
 
-class Plateau:
-    """Says "this is a plateau": the monitored value has not become better for more than `patience` steps.
+class Scheduled(Callback):
+    """Sets learning rate and momentum before each batch. What it sets is a function of the epochs done: no state."""
 
-    Counts as torch.optim.lr_scheduler.ReduceLROnPlateau does. A value that is not a number is never better.
-    """
+    owns_lr = True
+    order = 40  # ahead of the record, which writes down the first step of an epoch
 
     def __init__(
         self,
-        mode="min",  # min: lower is better; max: higher
-        threshold=1e-4,  # change that counts as better
-        threshold_mode="rel",  # rel: a share of the best so far; abs: an amount
-        patience=10,  # bad steps forgiven
-        cooldown=0,  # steps after a plateau in which bad ones are not counted
+        at,  # function: epochs done (with fraction) -> {"lr": …} or {"lr": …, "mom": …}
     ):
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be min or max, not {mode!r}")
-        if threshold_mode not in ("rel", "abs"):
-            raise ValueError(f"threshold_mode must be rel or abs, not {threshold_mode!r}")
-        self.mode, self.threshold, self.threshold_mode = mode, threshold, threshold_mode
-        self.patience, self.cooldown = patience, cooldown
-        self.best, self.bad, self.cooling = math.inf if mode == "min" else -math.inf, 0, 0
+        self.at = at
 
-    def better(self, value):
-        """Whether `value` beats the best so far by more than the threshold."""
-        change = self.threshold if self.mode == "max" else -self.threshold
-        edge = self.best * (1 + change) if self.threshold_mode == "rel" else self.best + change
-        return value < edge if self.mode == "min" else value > edge
+    def before_fit(self):
+        check_sole_owner(self.learn)
 
-    def step(self, value):
-        """Takes the next monitored value; True where this is a plateau, and counting begins anew."""
-        value = float(value)
-        if self.better(value):
-            self.best, self.bad = value, 0
-        else:
-            self.bad += 1
-        if self.cooling > 0:
-            self.cooling -= 1
-            self.bad = 0
-        if self.bad <= self.patience:
-            return False
-        self.bad, self.cooling = 0, self.cooldown
-        return True
+    def before_batch(self):
+        learn = self.learn
+        if learn.training:
+            hypers = self.at(learn.epoch + learn.iter / learn.n_iter)
+            if not learn.has_momentum:
+                hypers.pop("mom", None)
+            learn.opt.set_hypers(**hypers)
 
-    def state_dict(self):
-        return {"best": self.best, "bad": self.bad, "cooling": self.cooling}
 
-    def load_state_dict(self, state):
-        self.best, self.bad, self.cooling = state["best"], state["bad"], state["cooling"]
+class WarmUp(Callback):
+    """Holds the learning rate back in the first epochs: times a factor that rises from 1/4 to 1, straight.
+
+    Gradual warm-up: Goyal et al., arXiv 1706.02677. Between batches the rate is what its owner set.
+    """
+
+    order, start = 45, 0.25
+
+    def __init__(
+        self,
+        epochs,  # until the factor is 1; may have a fraction
+    ):
+        self.epochs, self.kept = epochs, None
+
+    def before_batch(self):
+        learn = self.learn
+        done = (learn.epoch + learn.iter / learn.n_iter) / self.epochs
+        if learn.training and done < 1:
+            self.kept = [h["lr"] for h in learn.opt.hypers]
+            factor = self.start + (1 - self.start) * done
+            learn.opt.set_hypers(lr=[lr * factor for lr in self.kept])
+
+    def after_batch(self):
+        if self.kept:
+            self.learn.opt.set_hypers(lr=self.kept)
+            self.kept = None
 
 
 def plateau(config, lr):
     """The rate stays, and falls by --factor on each plateau of --monitor."""
-    from lib.callbacks import ReduceLROnPlateau
-
     return ReduceLROnPlateau(config.monitor, factor=config.factor, min_lr=config.min_lr, **plateau_options(config))
-
-
-def grown(size, factor, most):
-    """The batch size that follows `size` under grow_batch."""
-    return max(min(max(round(size / factor), size + 1), most), size)
-
-
-def batch_sizes(config):
-    """The batch sizes that a fit may come to, in order: more than one under grow_batch. Here auto is 128."""
-    sizes = [128 if config.batch_size == "auto" else config.batch_size]
-    if config.schedule == "grow_batch":
-        while (size := grown(sizes[-1], config.factor, config.max_batch_size)) > sizes[-1]:
-            sizes.append(size)
-    return sizes
 
 
 def grow_batch(config, lr):
@@ -84,29 +73,14 @@ def grow_batch(config, lr):
 
     Smith et al., arXiv 1711.00489: the noise of a step goes with lr / batch size.
     """
-    from lib.callbacks import GrowBatchOnPlateau
-
     rate = dict(factor=config.factor, min_lr=config.min_lr)
     return GrowBatchOnPlateau(config.max_batch_size, config.monitor, **rate, **plateau_options(config))
-
-
-def plateau_options(config):
-    """The options of the `Plateau` that `config` asks for."""
-    return dict(
-        mode="max" if config.monitor.endswith("acc") else "min",
-        patience=config.patience_epochs,
-        threshold=config.threshold,
-        threshold_mode=config.threshold_mode,
-        cooldown=config.cooldown_epochs,
-    )
 
 
 def scheduled(function):
     """A schedule from `function(config, lr)`, which gives a function from epochs done to {hyperparameter: value}."""
 
     def owner(config, lr):
-        from lib.callbacks import Scheduled
-
         return Scheduled(function(config, lr))
 
     owner.__doc__ = function.__doc__
@@ -192,8 +166,6 @@ SCHEDULES = {
 
 def owners(config, lr):
     """The callback that owns the learning rate and, with --warmup-epochs, the one that holds it back at first."""
-    from lib.callbacks import WarmUp
-
     warmup = [WarmUp(config.warmup_epochs)] if config.warmup_epochs else []
     return [SCHEDULES[config.schedule](config, lr), *warmup]
 

@@ -147,6 +147,17 @@ def order(seed, epoch, n):
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 1])).permutation(n)
 
 
+def train_transforms(config, size, fill):
+    """The training augmentation of `config` for images of `size` pixels; `fill` is their mean colour, 0..255."""
+    scaled = lambda pixels: round(pixels * size / 32)
+    transforms = [CropFromPadding(size, scaled(config.crop_padding))]
+    if config.flip:
+        transforms.append(AlternatingFlip())
+    if config.cutout:
+        transforms.append(Cutout(max(scaled(config.cutout), 1), tuple(fill)))
+    return transforms
+
+
 def balanced_order(seed, epoch, labels):
     """An order in which any run of images has the classes in the data's proportions, as closely as can be: (n,) int64.
 
@@ -159,14 +170,3 @@ def balanced_order(seed, epoch, labels):
         own = shuffled[labels[shuffled] == c]
         at[own] = (np.arange(len(own)) + starts.random()) / max(len(own), 1)
     return np.argsort(at, kind="stable")
-
-
-def train_transforms(config, size, fill):
-    """The training augmentation of `config` for images of `size` pixels; `fill` is their mean colour, 0..255."""
-    scaled = lambda pixels: round(pixels * size / 32)
-    transforms = [CropFromPadding(size, scaled(config.crop_padding))]
-    if config.flip:
-        transforms.append(AlternatingFlip())
-    if config.cutout:
-        transforms.append(Cutout(max(scaled(config.cutout), 1), tuple(fill)))
-    return transforms

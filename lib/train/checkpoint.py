@@ -13,11 +13,14 @@ from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback
 
-from lib import ranks, runs
-from lib.config import BadInput, one_line
+from lib import machine
+from lib.cli import BadInput, one_line
 from lib.runs import write
+from lib.train import ranks
 
 FORMAT = 3  # of the checkpoint; another one is refused
+
+
 GRACE = 5  # seconds in which a second signal is torchrun's, which hands on what its processes have had already
 
 
@@ -122,7 +125,7 @@ class Checkpoint(Callback):
 
         def stop(number, frame):
             now = time.monotonic()
-            if self.signalled and now - self.signalled > GRACE * runs.launched():
+            if self.signalled and now - self.signalled > GRACE * machine.launched():
                 raise KeyboardInterrupt
             if self.signalled:
                 return

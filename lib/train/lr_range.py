@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from fastai.callback import schedule as fastai_schedule
 
-from lib.config import SUGGESTIONS, BadInput
+from lib.cli import BadInput
+from lib.config import SUGGESTIONS
 
 SMOOTHING = 0.04  # width of the smoothing window (standard deviation), as a share of the test's length
+
+
 DIVERGED = 4  # the test ends where the loss is so many times its least value
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.config import BadInput, OneLine, one_line
-from lib.runs import launched
+from lib.cli import BadInput, OneLine, one_line
+from lib.machine import launched
 
 TIMEOUT = timedelta(hours=2)  # the others wait as long while the first decodes images or tests learning rates
 

@@ -8,6 +8,8 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+
+
 SETS = {
     "train": (BLUE, "-", "train (augmented batches)"),
     "valid": (ORANGE, "--", "valid"),

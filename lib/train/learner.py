@@ -1,8 +1,6 @@
 """SGDLearner: fastai's Learner with torch's optimizers, a true record, and evaluation that disturbs nothing."""
 
 import copy
-import ctypes
-import os
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -22,34 +20,20 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import nn
 
-from lib import models, ranks, runs
-from lib.callbacks import EMA, EpochRecorder, GradNoise, Hold, SmallImages, mixed
-from lib.config import MOMENTUM, BadInput
-from lib.runs import cpu_name
-from lib.schedules import Plateau, plateau_options
+from lib import models
+from lib.config import MOMENTUM
+from lib.machine import cpu_name
+from lib.train import lr_range, ranks
+from lib.train.averaging import EMA, Hold, SmallImages
+from lib.train.lecture import GradNoise, mixed
+from lib.train.optimizers import OPTIMIZERS, body, decay_split
+from lib.train.plateau import Plateau, plateau_options
+from lib.train.recorder import EpochRecorder
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 EARLY_EPOCHS = 3  # in which a network's `early` parameters learn (Jordan, arXiv 2404.00498)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-def decay_split(model):
-    """Two lists of parameters: those that weight decay acts on, and those it spares (norms and biases)."""
-    spared = [
-        p for m in model.modules() for n, p in m.named_parameters(recurse=False) if isinstance(m, NORMS) or n == "bias"
-    ]
-    ids = {id(p) for p in spared}
-    return [
-        [p for p in model.parameters() if p.requires_grad and id(p) not in ids],
-        [p for p in spared if p.requires_grad],
-    ]
-
-
-def body(model):
-    """The parameters that stay while a new head learns: all but those of the head and of norms (fastai's freeze)."""
-    learning = [m for m in model.modules() if isinstance(m, NORMS) or m is models.head(model)]
-    ids = {id(p) for m in learning for p in m.parameters(recurse=False)}
-    return [p for p in model.parameters() if id(p) not in ids]
 
 
 def class_weights(dls):
@@ -81,15 +65,6 @@ def kept_modes(model):
     finally:
         for m, training in modes:
             m.training = training
-
-
-OPTIMIZERS = {
-    "sgd": lambda params, lr, mom: torch.optim.SGD(params, lr, mom),
-    "nesterov": lambda params, lr, mom: torch.optim.SGD(params, lr, mom, nesterov=mom > 0),
-    "rmsprop": lambda params, lr, mom: torch.optim.RMSprop(params, lr),
-    "adagrad": lambda params, lr, mom: torch.optim.Adagrad(params, lr),
-    "adam": lambda params, lr, mom: torch.optim.Adam(params, lr, (mom, 0.999)),
-}  # name -> function(parameter groups, learning rate, momentum); weight decay is set on all
 
 
 class SGDLearner(Learner):
@@ -302,23 +277,7 @@ class SGDLearner(Learner):
 
     def lr_find(self, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, **fastais):
         """The LR range test: see `lr_range.find`. fastai's `suggest_funcs` and `show_plot` are taken and not needed."""
-        from lib import lr_range
-
         return lr_range.find(self, start_lr, end_lr, num_it, stop_div, linear, on_valid)
-
-
-def pick_precision(config, device):
-    """`--precision`; auto is bf16 where the chip computes in it, else float32. Raises BadInput for fp16 off CUDA."""
-    if config.precision == "auto":
-        if device.type == "cuda":
-            has = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            chip = torch.cpu.get_capabilities()
-            has = device.type == "cpu" and (chip.get("avx512_bf16") or chip.get("amx_bf16") or chip.get("bf16"))
-        return "bf16" if has else "float32"
-    if config.precision == "fp16" and device.type != "cuda":
-        raise BadInput("--precision: fp16 needs a CUDA device; pass bf16, float32 or auto")
-    return config.precision
 
 
 def build(config, dls, model, precision="float32", cbs=None):
@@ -339,37 +298,6 @@ def build(config, dls, model, precision="float32", cbs=None):
         cbs.append(EMA(config.ema))
     how = dict(mom=config.momentum, wd=config.weight_decay, optimizer=config.optimizer, accumulate=config.accumulate)
     return SGDLearner(dls, model, loss, precision=precision, cbs=cbs, path=dls.path, **how)
-
-
-def set_threads(config):
-    """Sets torch's CPU threads to `--threads` and returns their number; it is part of what makes a run repeatable."""
-    if config.threads != "auto":
-        torch.set_num_threads(config.threads)
-    elif runs.launched():  # torchrun would have one thread each
-        torch.set_num_threads(max(1, os.cpu_count() // runs.on_this_machine()))
-    return torch.get_num_threads()
-
-
-def keep_memory():
-    """Has large tensors in huge pages, and the C library (glibc) keep what freed ones held; both as Linux allows.
-
-    Else the system clears the same pages in every step, and the chip looks up each 4 kB of a tensor. Call it before the
-    first tensor is made: then torch reads what it is told (c10/core/impl/alloc_cpu.cpp).
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-
-
-def seed_everything(seed):
-    """Seeds torch's generators: weights and dropout. Order and augmentation need no state (`augment`).
-
-    Holds cuDNN to algorithms that repeat themselves to the bit.
-    """
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def facts(config, learn, precision, threads):

@@ -3,16 +3,18 @@
 import base64
 import dataclasses
 import io
-import sys
 from collections import Counter
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lib import gradcam, models, plots, schedules
+from lib import models
+from lib.data.decode import centre
+from lib.explain import gradcam, plots
+from lib.machine import peak_rss_bytes
 from lib.runs import write_csv, write_figure, write_json, write_table
-from lib.store import centre
+from lib.train import schedules
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 
@@ -126,16 +128,6 @@ def range_test(learn, config, run):
     print(f"range test: {len(found.lrs)} batches{more}: {rates}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
     run.note(lr_suggestions=found.suggestions)
     return lr
-
-
-def peak_rss_bytes():
-    """The most memory this process has held; None on Windows, which does not say it to Python."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def optimizer_state_bytes(opt):

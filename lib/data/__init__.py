@@ -1,0 +1,6 @@
+"""From a source of images to fastai DataLoaders: train, valid, test."""
+
+from lib.data.augment import AlbumentationsTransform, Cutout
+from lib.data.loader import get_dls
+
+__all__ = ["AlbumentationsTransform", "Cutout", "get_dls"]

@@ -1,0 +1,107 @@
+"""Archives, unpacked whole or refused."""
+
+import gzip
+import shutil
+import tarfile
+import zipfile
+from functools import partial
+from pathlib import PurePosixPath
+
+from lib.cli import BadInput, one_line
+from lib.data.folders import enter
+from lib.runs import whole_folder
+
+MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
+
+
+MAX_UNPACKED = 500_000_000_000  # bytes
+
+
+MAX_RATIO, SMALL = 100, 1 << 20  # an archive becomes at most so many times its size, or SMALL bytes
+
+
+MAX_HEADER = 1 << 22  # bytes of an archive that are read at once: tarfile reads long names whole
+
+
+def unpack(archive, folder):
+    """Unpacks `archive` into the new `folder`.
+
+    Raises BadInput, with nothing left behind, on a damaged archive or where `fault_of` finds one in a member.
+    """
+    with whole_folder(folder, enter) as part:
+        most = min(max(MAX_RATIO * archive.stat().st_size, SMALL), MAX_UNPACKED, shutil.disk_usage(part).free)
+        total, made = 0, set()
+        try:
+            for number, (name, size, fault, source) in enumerate(members(archive), 1):
+                total += size + 512  # a name is not free either
+                where = PurePosixPath(name.replace("\\", "/"))
+                target = part / where
+                fault = fault or fault_of(where, number, total, most)
+                if fault or (source and target.exists()):
+                    fault = fault or "is there twice"
+                    raise BadInput(f"--data {archive}: member {name!r} {fault}; the whole archive is refused")
+                above = target.parent if source else target
+                if above not in made:
+                    above.mkdir(parents=True, exist_ok=True)
+                    made.add(above)
+                if source:
+                    with source() as found, open(target, "xb") as f:
+                        copy(found, f, size)
+        except BadInput:
+            raise
+        except Exception as e:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
+            raise BadInput(
+                f"--data {archive}: cannot be unpacked ({one_line(e)}); is the file whole, and the disk not full?"
+            ) from None
+
+
+def members(archive):
+    """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
+    special = "is no plain file or folder"
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as z:
+            for m in z.infolist():
+                plain = (m.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
+                fault = "is encrypted" if m.flag_bits & 1 else "" if plain else special
+                yield m.filename, m.file_size, fault, None if m.is_dir() else partial(z.open, m)
+        return
+    with open(archive, "rb") as f:
+        opener = BoundedGzip if f.read(2) == b"\x1f\x8b" else open
+    with opener(archive, "rb") as f, tarfile.open(fileobj=f, mode="r:") as t:
+        for m in t:
+            fault = "" if m.isdir() or (m.isreg() and not m.issparse()) else special
+            yield m.name, m.size, fault, None if m.isdir() else partial(t.extractfile, m)
+
+
+class BoundedGzip(gzip.GzipFile):
+    """A gzip file that gives no more than MAX_HEADER bytes at once, however many are asked for."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= MAX_HEADER:
+            raise ValueError(f"a name or header of {size:,} bytes")
+        return super().read(size)
+
+
+def fault_of(where, number, total, most):
+    """What is wrong with a member of an archive: its path, its number, the bytes so far; "" if nothing is."""
+    if where.is_absolute() or ".." in where.parts or str(where)[1:2] == ":":
+        return "points outside"
+    if len(where.parts) > MAX_DEPTH:
+        return f"lies more than {MAX_DEPTH} folders deep"
+    if number > MAX_MEMBERS:
+        return f"is one of more than {MAX_MEMBERS:,}"
+    if total > most:
+        return f"makes it {total:,} bytes; {most:,} are what its size ({MAX_RATIO} times), or the disk, allows"
+    return ""
+
+
+def copy(source, target, size):
+    """Copies the `size` bytes that a file has; raises ValueError where it has more or fewer."""
+    left = size
+    while block := source.read(min(left + 1, 1 << 20)):
+        left -= len(block)
+        if left < 0:
+            break
+        target.write(block)
+    if left:
+        raise ValueError(f"a member is not of the {size:,} bytes that it declares")

@@ -1,0 +1,1 @@
+"""What a network learned, explained: mistakes, maps, figures."""

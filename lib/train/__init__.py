@@ -1,0 +1,1 @@
+"""Training: learner, schedules, range test, checkpoints."""
