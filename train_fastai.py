@@ -9,7 +9,6 @@ uv run train_fastai.py --help                every setting
 import dataclasses
 import signal
 import sys
-from pathlib import Path
 
 from lib import cli
 from lib import config as settings
@@ -44,77 +43,77 @@ def main(argv=None):
 
 def train(config):
     """One run, from data to explained mistakes, in this process or in all that torchrun started."""
-    from lib import data, machine, models, report, runs
-    from lib.data.decode import RESIZE_RULE
-    from lib.explain import evaluate
-    from lib.train import averaging, checkpoint, learner, ranks, recorder, schedules
-    from lib.train.lecture import batch_sizes
+    from lib import data, machine, models, runs
+    from lib import train as training
+    from lib.train import checkpoint, lecture, ranks
 
     models.check(config.model, config.pretrained)
     runs.check_out(config)
     runs.check_log(config.log)
-    device = machine.pick_device(config)
-    precision = machine.pick_precision(config, device)
-    threads = machine.set_threads(config)
-    machine.keep_memory()
-    with ranks.joined(device) as leads:  # the first process reads first, and is the one that writes and prints
-        with ranks.first_alone():
-            dls = data.get_dls(config, device)
+    computer = machine.prepare(config)
+    with ranks.joined(computer.device):
+        with ranks.first_alone():  # the first process decodes the images, the others find them
+            dls = data.get_dls(config, computer.device)
         asked, config = config, dataclasses.replace(config, batch_size=dls.train.bs)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
         side = models.smallest_side(model, config, dls.store.size)  # what cannot be explained is not trained
-        models.check_batches(model, config, batch_sizes(config), len(dls.train.ids), side, ranks.world())
-        learn = learner.build(config, dls, model, precision)
-        facts = learner.facts(config, learn, precision, threads)
+        sizes = lecture.batch_sizes(config)
+        models.check_batches(model, config, sizes, len(dls.train.ids), side, ranks.world())
+        learn = training.build(config, dls, model, computer.precision)
+        facts = runs.facts(config, dls, model, computer)
         if config.dry_run:
-            if leads:
-                print(*(f"{name}: {value}" for name, value in asked.to_dict().items()), sep="\n")
-                print(learner.banner(config, facts, "nothing is written: dry run"))
+            ranks.on_first(runs.show)(asked, config, facts)
             return 0
+        past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
+        run = ranks.on_first(runs.open, runs.Elsewhere())(config, asked, facts)
+        lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past))
+        return 0 if config.lr_find_only else fit(learn, config, run, past, lr)
 
-        run = past = lr = None
-        if leads:
-            past = checkpoint.load(Path(config.resume).expanduser() / "weights/last.pt") if config.resume else None
-            run = runs.reopen(config, **facts) if config.resume else runs.start(asked, **facts)
-            print(learner.banner(config, facts, run.path), flush=True)
-            if past:
-                lr = run.env["lr"]
-            else:
-                if dls.store.skipped:
-                    runs.write_table(run / "skipped.csv", ("file", "reason"), dls.store.skipped)
-                evaluate.save_train_batch(learn, config, run)
-                run.save_model_card(models.card(config.model, dls, RESIZE_RULE, config.flip))
-                lr = evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr
-                run.note(lr=lr)
-            report.write(run.path, live=not config.lr_find_only, show=config.open)
-        past, lr = ranks.same([past, lr])
-        if config.lr_find_only:
-            return 0
 
-        best = averaging.KeepBest(run and run.save_weights)
-        progress = recorder.Progress(config.progress, run and report.follow(run, config.log))
-        saved = checkpoint.Checkpoint(run and run / "weights/last.pt", past, config.checkpoint_seconds)
-        learn.add_cbs([best, saved, *([progress] if leads else []), *ranks.callbacks()])
-        try:
-            with saved.signals():
-                schedules.fit(learn, config, lr)
-            if leads:
-                evaluate.report(learn, config, run, learn.recorder.rows, best)
-            return 0
-        except recorder.Diverged as e:
-            if leads:
-                kept = f"; the epochs before are in {run.path}" if learn.recorder.rows else ""
-                print(f"error: {e}{kept}", file=sys.stderr)
-            return 3
-        except checkpoint.Interrupted:
-            if leads:
-                print(f"interrupted and saved; go on with: {sys.argv[0]} --resume {run.path}", file=sys.stderr)
-            return 130
-        finally:
-            progress.close()
-            if leads:
-                report.write(run.path)  # however it ended: the page renews itself no more
+def begin(learn, config, run, facts, past):
+    """What a run writes before it trains; returns its learning rate, found by the range test or given."""
+    from lib import models, report, runs
+    from lib.data import augment
+    from lib.data.decode import RESIZE_RULE
+    from lib.explain import evaluate
+
+    print(runs.banner(config, facts, run.path), flush=True)
+    if not past:
+        run.save_skipped(learn.dls.store.skipped)
+        run.save_augmentation(augment.saved(learn.dls.augment))
+        run.save_model_card(models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
+        evaluate.save_train_batch(learn, config, run)
+        run.note(lr=evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr)
+    report.write(run.path, live=not config.lr_find_only, show=config.open)
+    return run.env["lr"]
+
+
+def fit(learn, config, run, past, lr):
+    """Trains, then evaluates and explains the best weights; returns the exit status."""
+    from lib import report
+    from lib import train as training
+    from lib.explain import evaluate
+    from lib.train import averaging, checkpoint, progress, ranks, recorder
+
+    best = averaging.KeepBest(run.save_weights, config.small_epochs)
+    saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
+    lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
+    learn.add_cbs([best, saved, *lines, *ranks.callbacks()])
+    complain = ranks.on_first(lambda text: print(text, file=sys.stderr))
+    try:
+        with saved.signals():
+            training.fit(learn, config, lr)
+        ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best)
+        return 0
+    except recorder.Diverged as e:
+        complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))
+        return 3
+    except checkpoint.Interrupted:
+        complain(f"interrupted and saved; go on with: {sys.argv[0]} --resume {run.path}")
+        return 130
+    finally:
+        ranks.on_first(report.write)(run.path)  # however it ended: the page renews itself no more
 
 
 if __name__ == "__main__":

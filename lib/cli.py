@@ -1,4 +1,4 @@
-"""What every command shares: errors of one line, exit statuses, and files read with care."""
+"""What every command shares: errors of one line, exit statuses, and JSON files read with care."""
 
 import argparse
 import difflib
@@ -7,17 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-MOST_TEXT = 10**6  # characters of a file of settings
-
 
 def printable(text):
-    """`text` as one line that is only text to a terminal: line breaks, escape codes and the like are spelled out."""
-    spelled = lambda c: c.encode("unicode_escape").decode()
-    return "".join(c if c.isprintable() else spelled(c) for c in str(text))
+    """`text` as one line that a terminal shows as text: line breaks, escape codes and the like are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class OneLine(Exception):
-    """An error whose text is the one line that the user reads, whatever fastai's callbacks put before it on its way."""
+    """An error whose text is the one line that the user reads. fastai may put text of its own before `args`."""
 
     def __init__(self, text):
         self.text = printable(text)
@@ -31,9 +28,9 @@ class BadInput(OneLine):
     """An input or a setting that cannot be used (exit status 2)."""
 
 
-def one_line(e):
-    """An exception of a library as text for a `BadInput`."""
-    return printable(" ".join(f"{type(e).__name__}: {e}".split()))
+def one_line(error):
+    """The exception of a library as text for a `BadInput`."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def brief(value):
@@ -46,8 +43,8 @@ def brief(value):
 
 
 def guess(word, words):
-    """' (did you mean …?)', or nothing."""
-    near = difflib.get_close_matches(brief(word).strip("'"), words, 1) if words else ()
+    """' (did you mean …?)' with the nearest of `words`, or nothing."""
+    near = difflib.get_close_matches(brief(word).strip("'"), words, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -60,7 +57,7 @@ def command(function):
         except BadInput as e:
             print(f"error: {e}", file=sys.stderr)
             return 2
-        except BrokenPipeError:  # whoever reads the output has enough
+        except BrokenPipeError:  # the reader of the output has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             return 130
@@ -76,14 +73,10 @@ class Parser(argparse.ArgumentParser):
 
 def read_json(path):
     """The object in a JSON file that a run wrote. Raises ValueError, or OSError, where it holds anything else."""
-
-    def refuse(word):
-        raise ValueError(f"{word} is no number")
-
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=int)  # int refuses NaN and Infinity
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError("it holds no object")
-    return found
+    return content

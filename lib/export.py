@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import BadInput, Parser, command
-from lib.predict import as_seen, load
+from lib.data.decode import centre, read
+from lib.predict import load
 from lib.runs import write
 
 TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
@@ -20,7 +21,7 @@ PICKLE = "warning: loading a pickle runs the code in it; load none that you do n
 
 
 def onnx(predict):
-    """(content of model.onnx, what was checked): the network with all that comes behind the crop.
+    """(content of model.onnx, what was checked): the network, with all that follows the crop.
 
     Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch.
     """
@@ -41,7 +42,7 @@ def onnx(predict):
             return self.model((x - self.mean) / self.std).softmax(1)
 
     model = FromPixels().eval()
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, predict.size, predict.size, 3), np.uint8))
+    images = torch.randint(256, (5, predict.size, predict.size, 3), dtype=torch.uint8)
     named = dict(input_names=["images"], output_names=["probabilities"], dynamic_shapes=({0: torch.export.Dim("n")},))
     program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, **named)
     program.model.metadata_props.update({k: json.dumps(predict.card[k]) for k in ("classes", "resize")})
@@ -71,20 +72,14 @@ def fastai(predict):
     import lib
 
     size, classes = predict.size, predict.classes
-
-    def prepare(image):
-        return TensorImage(torch.tensor(as_seen(image, size)).permute(2, 0, 1))
-
-    def unknown(image):
-        return classes[0]
-
-    blank = [np.zeros((size, size, 3), np.uint8)]  # fastai's pipelines learn from an item what they take …
+    prepare = lambda image: TensorImage(torch.tensor(centre(read(image, size), size)).permute(2, 0, 1))
+    unknown = lambda image: classes[0]
+    blank = [np.zeros((size, size, 3), np.uint8)]  # an item from which fastai learns what its pipelines take …
     sets = Datasets(blank, [[prepare], [unknown, Categorize(vocab=classes, sort=False)]], splits=[[0], [0]])
     sets.tls[0].types = [object]  # … but paths and Pillow's images are welcome as well
-    normalize = Normalize(predict.mean, predict.std)
-    dls = sets.dataloaders(bs=64, after_batch=[IntToFloatTensor(), normalize], num_workers=0, device=predict.device)
-    learn = Learner(dls.new_empty(), predict.model, CrossEntropyLossFlat())
-    content = io.BytesIO()
+    after_batch = [IntToFloatTensor(), Normalize(predict.mean, predict.std)]
+    dls = sets.dataloaders(bs=64, after_batch=after_batch, num_workers=0, device=predict.device)
+    learn, content = Learner(dls.new_empty(), predict.model, CrossEntropyLossFlat()), io.BytesIO()
     cloudpickle.register_pickle_by_value(lib)  # so that it loads where this project is not at hand
     try:
         torch.save(learn, content, pickle_module=cloudpickle)
@@ -98,13 +93,12 @@ FORMATS = {"onnx": (onnx, "model.onnx"), "fastai": (fastai, "export.pkl")}  # na
 
 @command
 def main(argv):
-    """Writes a run in another format."""
     p = Parser(prog="python -m lib.export", description="Write a trained run in another format, into its folder.")
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
     p.add_argument("--to", required=True, choices=FORMATS, help="onnx: model.onnx; fastai: export.pkl for load_learner")
     args = p.parse_args(argv)
-    make, name = FORMATS[args.to]
-    content, note = make(load(args.run, "cpu"))
+    convert, name = FORMATS[args.to]
+    content, note = convert(load(args.run, "cpu"))
     write(Path(args.run).expanduser() / name, content)
     print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
 

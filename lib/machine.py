@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, seeds, and what env.json says of it."""
+"""The machine: device, precision, threads, seeds, and what env.json says of it. Needs torch only where it is asked."""
 
 import ctypes
 import os
@@ -8,17 +8,29 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-
+from typing import NamedTuple
 
 from lib.cli import BadInput
 
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
-
-
 CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # of /proc/cpuinfo, on x86 and on Arm
-
-
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Machine(NamedTuple):
+    """What `auto` became on this machine."""
+
+    device: object  # torch.device
+    precision: str  # float32, bf16 or fp16
+    threads: int  # of torch, on the CPU
+
+
+def prepare(config):
+    """Sets up memory, device, threads and seeds as `config` asks; returns a `Machine`. Raises BadInput."""
+    keep_memory()
+    device = pick_device(config)
+    seed_everything(config.seed)
+    return Machine(device, pick_precision(config, device), set_threads(config))
 
 
 def launched():
@@ -32,27 +44,27 @@ def on_this_machine():
 
 
 def commit():
-    """The commit of this code, '+' behind it where the tree differs; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this code, with '+' where tracked files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        tree = ["status", "--porcelain", "--untracked-files=no", "--", "*.py"]
-        dirty = subprocess.run([*git, *tree], capture_output=True, text=True, check=True).stdout
-        return head + ("+" if dirty.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
         return None
 
 
 def cpu_facts():
-    """What /proc/cpuinfo says of the first processor, {} where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return {}
+    """What /proc/cpuinfo says of the first processor; {} where there is none."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def cpu_name():
+def device_name(device):
+    """The name of the chip behind a torch.device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return cpu_facts().get("model name") or platform.processor() or platform.machine()
 
 
@@ -63,10 +75,10 @@ def environment():
     cpu = cpu_facts()
     return {
         "python": platform.python_version(),
-        **{p: version(p) for p in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "commit": commit(),
         "platform": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         # virtual machines of chips twice as fast have the same name
         "cpu_model": ", ".join(f"{key} {cpu[key]}" for key in CPU_MODEL if key in cpu),
         "cpu_count": os.cpu_count(),
@@ -78,15 +90,14 @@ def environment():
 
 
 def pick_device(config):
-    """`--device` as a torch.device. Raises BadInput where there is no such device."""
+    """`--device` as a torch.device; auto is each rank's own GPU, or the best there is. Raises BadInput."""
     import torch
 
     if config.device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if launched():  # each rank its own GPU, where there are enough
-            local = int(os.environ["LOCAL_RANK"])
-            return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
-        return torch.device(kind)
+        rank, gpus = int(os.environ["LOCAL_RANK"]) if launched() else 0, torch.cuda.device_count()
+        if launched() or gpus:
+            return torch.device("cuda", rank) if rank < gpus else torch.device("cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(config.device)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -101,20 +112,18 @@ def pick_precision(config, device):
     """`--precision`; auto is bf16 where the chip computes in it, else float32. Raises BadInput for fp16 off CUDA."""
     import torch
 
-    if config.precision == "auto":
-        if device.type == "cuda":
-            has = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            chip = torch.cpu.get_capabilities()
-            has = device.type == "cpu" and (chip.get("avx512_bf16") or chip.get("amx_bf16") or chip.get("bf16"))
-        return "bf16" if has else "float32"
     if config.precision == "fp16" and device.type != "cuda":
         raise BadInput("--precision: fp16 needs a CUDA device; pass bf16, float32 or auto")
-    return config.precision
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    chip = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if any(chip.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
 def set_threads(config):
-    """Sets torch's CPU threads to `--threads` and returns their number; it is part of what makes a run repeatable."""
+    """Sets torch's CPU threads to `--threads` and returns their number; a run is repeatable for as many alone."""
     import torch
 
     if config.threads != "auto":
@@ -125,10 +134,10 @@ def set_threads(config):
 
 
 def keep_memory():
-    """Has large tensors in huge pages, and the C library (glibc) keep what freed ones held; both as Linux allows.
+    """Has large tensors in huge pages, and the C library (glibc) keep what freed ones held, as far as Linux allows.
 
-    Else the system clears the same pages in every step, and the chip looks up each 4 kB of a tensor. Call it before the
-    first tensor is made: then torch reads what it is told (c10/core/impl/alloc_cpu.cpp).
+    Otherwise the system clears the same pages in every step, and the chip looks up each 4 kB of a tensor. Call it
+    before the first tensor is made: then torch reads what it is told (c10/core/impl/alloc_cpu.cpp).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -138,9 +147,9 @@ def keep_memory():
 
 
 def seed_everything(seed):
-    """Seeds torch's generators: weights and dropout. Order and augmentation need no state (`augment`).
+    """Seeds torch's generators, for weights and dropout, and holds cuDNN to algorithms that repeat to the bit.
 
-    Holds cuDNN to algorithms that repeat themselves to the bit.
+    Order and augmentation need no seed: they are functions of (seed, epoch, image).
     """
     import torch
 

@@ -21,14 +21,13 @@ import numpy as np
 from PIL import Image
 
 from lib.cli import BadInput, Parser, command, one_line, printable
-from lib.data.decode import EXTENSIONS, batch_size, centre, decode, fit, upright_rgb
+from lib.data.decode import EXTENSIONS, batch_size, centre, read
 
-TASK = 16  # images that a thread decodes at a time
-AHEAD = 2  # batches that are decoded while one is predicted
+AHEAD = 2  # batches that threads decode while one is predicted
 
 
 def load(run, device="auto", tta=False):
-    """The `Predictor` of the run folder `run`: its kept weights. Raises BadInput (one line) where there are none.
+    """The `Predictor` of the run folder `run`, with its kept weights. Raises BadInput (one line) where there are none.
 
     With `tta` it looks at each image's mirror image too. Raises BadInput where training flipped no images.
     """
@@ -39,25 +38,25 @@ def load(run, device="auto", tta=False):
     run = Path(run).expanduser()
     if not run.is_dir():
         raise BadInput(f"{run}: no such run folder")
-    weights, described = run / "weights/best.safetensors", run / "weights/model.json"
-    for path in (described, weights):
+    weights, card_file = run / "weights/best.safetensors", run / "weights/model.json"
+    for path in (card_file, weights):
         if not path.is_file():
             raise BadInput(f"{path}: not found; a run writes it at the end of its first epoch")
+    card = runs.read_card(card_file)
     try:
-        card = runs.read_card(described)
         model = models.rebuild(card)
         model.load_state_dict(load_file(weights))
     except BadInput:
         raise
-    except Exception as e:  # json, safetensors and torch each raise their own
+    except Exception as e:  # safetensors and torch each raise their own
         raise BadInput(f"{run}: its weights cannot be loaded ({one_line(e)})") from None
     if tta and card.get("flip") is not True:
-        raise BadInput(f"--tta: {described} does not say that the images of training were flipped; leave it out")
+        raise BadInput(f"--tta: {card_file} does not say that the images of training were flipped; leave it out")
     return Predictor(model, card, machine.pick_device(SimpleNamespace(device=device)), tta)
 
 
 class Predictor:
-    """A network with what feeds it as evaluation does: float32, no augmentation. `classes` names the columns."""
+    """A network that is fed as evaluation feeds it: in float32, without augmentation. `classes` names the columns."""
 
     def __init__(
         self,
@@ -70,8 +69,8 @@ class Predictor:
 
         self.model = model.to(device, memory_format=torch.channels_last).eval()
         self.card, self.classes, self.size, self.device = card, card["classes"], card["size"], device
-        self.tta = tta
         self.mean, self.std = (torch.tensor(card[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+        self.tta = tta
 
     def __call__(self, images):
         """(n class names, probabilities (n, classes) float64) of an image or an iterable of images, in its order.
@@ -79,10 +78,14 @@ class Predictor:
         An image is a path, a PIL image, or a uint8 array (h, w), (h, w, 3) or (h, w, 4), of any size; an array
         (n, h, w, 3) is n images. Raises BadInput naming a file that cannot be read.
         """
-        one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
-        found = [p for _, _, p in self.batches([images] if one else images)]
-        p = np.concatenate(found) if found else np.zeros((0, len(self.classes)))
+        is_one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
+        batches = [p for _, _, p in self.batches([images] if is_one else images)]
+        p = np.concatenate([np.zeros((0, len(self.classes))), *batches])
         return [self.classes[k] for k in p.argmax(1)], p
+
+    def prepared(self, image):
+        """What the network sees of an image: (size, size, 3) uint8."""
+        return centre(read(image, self.size), self.size)
 
     def batches(self, images):
         """Yields (pixels (n, size, size, 3) uint8, network's input (n, 3, size, size), probabilities) a batch."""
@@ -96,41 +99,26 @@ class Predictor:
             yield pixels, x, logits.cpu().double().log_softmax(1).exp().numpy()
 
     def decoded(self, images):
-        """Yields the pixels of a batch after the other; threads are at work on the next ones."""
-        prepare = lambda some: [as_seen(image, self.size) for image in some]
+        """Yields the pixels of one batch after the other; threads are at work on the next ones."""
         images, waiting, pool = iter(images), deque(), ThreadPoolExecutor()
         try:
-            while True:
-                batch = list(islice(images, batch_size(self.size)))
+            while (batch := list(islice(images, batch_size(self.size)))) or waiting:
                 if batch:
-                    waiting.append([pool.submit(prepare, batch[i : i + TASK]) for i in range(0, len(batch), TASK)])
+                    waiting.append([pool.submit(self.prepared, image) for image in batch])
                 if not batch or len(waiting) > AHEAD:
-                    if not waiting:
-                        return
-                    yield np.stack([image for task in waiting.popleft() for image in task.result()])
+                    yield np.stack([task.result() for task in waiting.popleft()])
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def as_seen(image, size):
-    """An image (path, PIL image, uint8 array) as the network sees it: (size, size, 3) uint8."""
-    if isinstance(image, (str, os.PathLike)):
-        return centre(decode(image, size), size)
-    if not isinstance(image, Image.Image):
-        a = np.asarray(image)
-        if a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] not in (3, 4)) or not a.size:
-            raise BadInput(f"an image must be uint8 (h, w), (h, w, 3) or (h, w, 4), not {a.dtype} {a.shape}")
-        image = Image.fromarray(a)
-    return centre(fit(upright_rgb(image), size), size)
-
-
-def find(given):
+def find(arguments):
     """The files that the arguments name: files as they are; of folders all images in them, by name."""
     files = []
-    for path in map(Path, given):
+    for path in map(Path, arguments):
         if path.is_dir():
+            is_hidden = lambda p, root=path: any(part.startswith(".") for part in p.relative_to(root).parts)
             inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
-            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = [p for p in inside if not is_hidden(p)]
             if not inside:
                 raise BadInput(f"{path}: no images ({' '.join(EXTENSIONS)})")
             files += inside
@@ -142,15 +130,33 @@ def find(given):
 
 
 def explain(predict, folder, first, files, pixels, x, p):
-    """Writes a GradCAM picture an image of a batch: <row>-<name>.png, rows counted from `first`."""
+    """Writes a GradCAM picture of each image of a batch: <row>-<name>.png, rows counted from `first`."""
     from lib import models, runs
-    from lib.explain import gradcam, plots
+    from lib.explain import maps, plots
 
-    maps = gradcam.maps(predict.model, models.cam_layer(predict.model, predict.size), x, p.argmax(1))
-    for row, (file, image, cam, of) in enumerate(zip(files, pixels, maps, p), first):
-        title = f"{plots.short(file.name, 40)}\n{plots.short(predict.classes[of.argmax()], 30)} {of.max():.1%}"
+    cams = maps(predict.model, models.cam_layer(predict.model, predict.size), x, p.argmax(1))
+    for row, (file, image, cam, shares) in enumerate(zip(files, pixels, cams, p), first):
+        prediction = plots.short(predict.classes[shares.argmax()], 30)
+        title = f"{plots.short(file.name, 40)}\n{prediction} {shares.max():.1%}"
         name = re.sub(r"[^\w.-]", "_", file.stem)[:80]
         runs.write_figure(folder / f"{row:05}-{name}.png", plots.explanation(image, cam, title))
+
+
+def write_table(predict, files, folder):
+    """Prints the CSV; with a `folder` explains each image too."""
+    shown = printable if sys.stdout.isatty() else str
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+    table, done = csv.writer(sys.stdout, lineterminator="\n"), 0
+    table.writerow(["file", "prediction", "probability"])
+    for pixels, x, p in predict.batches(files):
+        batch = files[done : done + len(p)]
+        for file, shares in zip(batch, p):
+            table.writerow([shown(file), shown(predict.classes[shares.argmax()]), f"{shares.max():.6f}"])
+        sys.stdout.flush()
+        if folder:
+            explain(predict, folder, done + 1, batch, pixels, x, p)
+        done += len(p)
 
 
 @command
@@ -162,26 +168,14 @@ def main(argv):
     p.add_argument("--tta", action="store_true", help="look at each image's mirror image too; as a rule more accurate")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     args = p.parse_args(argv)
-    predict, files, row = load(args.run, args.device, args.tta), find(args.images), 1
+    predict, files = load(args.run, args.device, args.tta), find(args.images)
     folder = args.explain and Path(args.explain).expanduser()
     if folder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise BadInput(f"--explain {folder}: cannot be made ({e.strerror})") from None
-    shown = printable if sys.stdout.isatty() else str
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["file", "prediction", "probability"])
-    for pixels, x, found in predict.batches(files):
-        these = files[row - 1 : row - 1 + len(found)]
-        for file, of in zip(these, found):
-            table.writerow([shown(file), shown(predict.classes[of.argmax()]), f"{of.max():.6f}"])
-        sys.stdout.flush()
-        if folder:
-            explain(predict, folder, row, these, pixels, x, found)
-        row += len(found)
+    write_table(predict, files, folder)
 
 
 if __name__ == "__main__":

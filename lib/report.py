@@ -2,9 +2,9 @@
 
 python -m lib.report runs/x [--open]
 
-`report.html` beside this file is the page without its data, which goes into it as JSON in one place; there names become
-text and nothing else. The curves are inline SVG that its own script draws, in some 130 lines: a plotting library would
-be many times the rest of the page, with a licence to carry along, for lines, bands and dots. Needs no torch.
+`report.html` beside this file is the page without its data. They go into it as JSON in one place, where names become
+text and nothing else. The curves are inline SVG that the page's own script draws: a plotting library would be many
+times the rest of the page. Needs neither torch nor numpy.
 """
 
 import csv
@@ -35,9 +35,9 @@ CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 
 
 def read_table(path):
-    """A CSV file as lists of text, the header first; none where there is no file."""
+    """A CSV file as lists of text, the header first; an empty header where there is no file."""
     if not path.exists():
-        return []
+        return [[]]
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f:
         return list(csv.reader(f))
 
@@ -50,12 +50,13 @@ def number(text):
 
 def columns(path):
     """A CSV file of numbers as {column: numbers}."""
-    head, *rows = read_table(path) or [[]]
+    head, *rows = read_table(path)
     return {name: [number(row[i]) for row in rows] for i, name in enumerate(head)}
 
 
-def text(value):
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def as_text(facts):
+    """A dict with its values as text."""
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in facts.items()}
 
 
 def duration(seconds):
@@ -72,56 +73,63 @@ def command_line(args, env):
     except (BadInput, TypeError):
         return f"uv run {env.get('command', '')}"
     words = ["uv", "run", "train_fastai.py"]
-    for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        if value == (f.default if f.name in ("data", "schedule", "lr_scale") else getattr(plain, f.name)):
+    for field in dataclasses.fields(Config):
+        name, value = field.name, getattr(config, field.name)
+        if value == (field.default if name in ("data", "schedule", "lr_scale") else getattr(plain, name)):
             continue
         if isinstance(value, bool):
-            words.append(flag_of(f.name) if value else "--no-" + flag_of(f.name)[2:])
+            words.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
         else:
-            words += [flag_of(f.name), *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag_of(name), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
 
 def headline(args, env, rows, summary, live):
-    """The result, as [what, value, note]."""
-    n, of = len(rows.get("epoch", [])), args["epochs"]
+    """The result, as [fact, value, note]."""
+    n, epochs = len(rows.get("epoch", [])), args["epochs"]
     if summary:
-        s, images = summary, env["images"]["test"]
-        reached = s["epochs_to_target"]
-        held = "" if s["chosen_on"] == "valid" else "; test chose the weights, so it is too good"
-        if s.get("tta_test_acc") is not None:
-            held = f"; {s['tta_test_acc']:.4f} with mirror images (tta){held}"
-        return [
-            ["test accuracy", f"{s['test_acc']:.4f}", f"{images - s['mistakes']:,} of {images:,} images right{held}"],
-            ["weights kept", f"epoch {s['best_epoch']}",
-             f"of {n}, best {s['chosen_on']} accuracy {s['valid_acc']:.4f}"],
-            [f"test accuracy of {s['target']:g}", f"epoch {reached}" if reached else "not reached",
-             f"after {duration(s['seconds_to_target'])}" if reached else f"the most was {max(rows['test_acc']):.4f}"],
-            ["training", duration(s["train_seconds"]), f"{s['images_per_second']:,.0f} images/s, evaluation included"],
-        ]  # fmt: skip
+        return final_headline(summary, env["images"]["test"], rows)
     if not n:
-        return [["epoch", f"0 of {of}", "the first is under way" if live else ""]]
+        return [["epoch", f"0 of {epochs}", "the first is under way" if live else ""]]
     best = max(range(n), key=lambda i: rows["valid_acc"][i])
     seconds = rows["seconds"][-1]
-    when = f"about {duration(seconds / n * (of - n))} left" if live else f"{duration(seconds)} so far"
+    when = f"about {duration(seconds / n * (epochs - n))} left" if live else f"{duration(seconds)} so far"
     return [
-        ["epoch", f"{n} of {of}", when],
+        ["epoch", f"{n} of {epochs}", when],
         ["test accuracy", f"{rows['test_acc'][-1]:.4f}", f"after epoch {n}"],
         ["best valid accuracy", f"{rows['valid_acc'][best]:.4f}", f"epoch {best + 1}"],
         ["learning rate", f"{rows['lr'][-1]:.3g}", f"in epoch {n}"],
     ]
 
 
+def final_headline(s, images, rows):
+    """The result of a finished run, from its summary `s`."""
+    right = f"{images - s['mistakes']:,} of {images:,} images right"
+    if s.get("tta_test_acc") is not None:
+        right += f"; {s['tta_test_acc']:.4f} with mirror images (tta)"
+    if s["chosen_on"] != "valid":
+        right += "; test chose the weights, so it is too good"
+    reached = f"epoch {s['epochs_to_target']}", f"after {duration(s['seconds_to_target'] or 0)}"
+    if not s["epochs_to_target"]:
+        reached = "not reached", f"the most was {max(rows['test_acc']):.4f}"
+    chosen = f"of {len(rows['epoch'])}, best {s['chosen_on']} accuracy {s['valid_acc']:.4f}"
+    return [
+        ["test accuracy", f"{s['test_acc']:.4f}", right],
+        ["weights kept", f"epoch {s['best_epoch']}", chosen],
+        [f"test accuracy of {s['target']:g}", *reached],
+        ["training", duration(s["train_seconds"]), f"{s['images_per_second']:,.0f} images/s, evaluation included"],
+    ]
+
+
 def settings(args, env):
-    """The settings that matter most, as [what, value]."""
+    """The settings that matter most, as [fact, value]."""
     sets = ", ".join(f"{n:,} {name}" for name, n in env["images"].items())
-    how = f"range test, {args['lr_suggest']}" if args["lr"] == "find" else "as given"
+    source = f"range test, {args['lr_suggest']}" if args["lr"] == "find" else "as given"
     device = f" ({env['device_name']})" if env["device_name"] != env["device"] else ""
     return [
         ["data", f"{args['data']}: {sets}; {len(env['classes'])} classes, {env['size']} x {env['size']} pixels"],
         ["network", f"{args['model']}, {env['params']:,} parameters"],
-        ["learning rate", f"{env['lr']:.4g} ({how}), {args['schedule']}" if "lr" in env else args["schedule"]],
+        ["learning rate", f"{env['lr']:.4g} ({source}), {args['schedule']}" if "lr" in env else args["schedule"]],
         ["optimizer", f"{args['optimizer']}, momentum {args['momentum']:g}, weight decay {args['weight_decay']:g}"],
         ["batches, epochs", f"{env.get('batch_size', args['batch_size'])} images, {args['epochs']} epochs"],
         ["seed", " ".join(map(str, args["seeds"]))],
@@ -132,48 +140,46 @@ def settings(args, env):
 def mistakes(folder):
     """Of a finished run: classes, confusion matrix, most frequent confusions, mistakes with the pictures that fit.
 
-    Those have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
+    Mistakes have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
     """
-    head, *counts = read_table(folder / "confusion_matrix.csv") or [[]]
-    classes, counts = head[1:], [[int(n) for n in row[1:]] for row in counts]
-    at = {name: i for i, name in enumerate(classes)}
+    (_, *classes), *lines = read_table(folder / "confusion_matrix.csv")
+    counts, place = [[int(n) for n in line[1:]] for line in lines], {name: i for i, name in enumerate(classes)}
     pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:PAIRS]
     pictures = read_json(folder / "gallery.json") if (folder / "gallery.json").exists() else {}
-    found, room, left = [], ROWS, PICTURES
+    rows, room, room_for_pictures = [], ROWS, PICTURES
     for _, file, truth, prediction, *numbers in read_table(folder / "mistakes.csv")[1:]:
-        row = dict(file=file, truth=at[truth], prediction=at[prediction], **dict(zip("lpq", map(number, numbers))))
+        row = dict(zip("lpq", map(number, numbers)), file=file, truth=place[truth], prediction=place[prediction])
         room -= len(json.dumps(row))
         if room < 0:
             break
-        if file in pictures and (left := left - len(json.dumps(pictures[file]))) >= 0:
-            row["picture"] = pictures[file]
-        found.append(row)
-    return dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=found)
+        if file in pictures:
+            room_for_pictures -= len(json.dumps(pictures[file]))
+            if room_for_pictures >= 0:
+                row["picture"] = pictures[file]
+        rows.append(row)
+    return dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=rows)
 
 
 def of_run(folder, live):
     """What the page shows of a run, finished or not."""
     asked = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
     args = {**{f.name: f.default for f in dataclasses.fields(Config)}, **asked}
-    env, summary = read_json(folder / "env.json"), None
-    if (folder / "summary.json").exists():
-        summary = read_json(folder / "summary.json")
-    rows = columns(folder / "results.csv")
-    n, cuts = len(rows.get("epoch", [])), []
+    env, rows = read_json(folder / "env.json"), columns(folder / "results.csv")
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
+    n, cuts, note = len(rows.get("epoch", [])), [], ""
     if n and args["schedule"] in ("plateau", "grow_batch"):
         steps = list(zip(rows["lr"], rows["batch_size"]))
         cuts = [i + 1.5 for i, (a, b) in enumerate(zip(steps, steps[1:])) if b[0] < a[0] or b[1] > a[1]]
     state = "done" if summary else "live" if live else "stopped"
-    notes = {
-        "done": "",
-        "live": f"In training: {n} of {args['epochs']} epochs. This page renews itself.",
-        "stopped": "Stopped after the range test." if not n and "lr_suggestions" in env else
-        f"Not finished: {n} of {args['epochs']} epochs.",
-    }  # fmt: skip
+    if state == "live":
+        note = f"In training: {n} of {args['epochs']} epochs. This page renews itself."
+    elif state == "stopped":
+        after_test = not n and "lr_suggestions" in env
+        note = "Stopped after the range test." if after_test else f"Not finished: {n} of {args['epochs']} epochs."
     commit = env.get("commit") or ""
     return {
-        "kind": "run", "name": folder.resolve().name, "state": state, "note": notes[state],
+        "kind": "run", "name": folder.resolve().name, "state": state, "note": note,
         "headline": headline(args, env, rows, summary, live), "settings": settings(args, env),
         "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"],
         "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
@@ -182,18 +188,16 @@ def of_run(folder, live):
         **(mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])),
         "command": command_line(asked, env), "typed": env.get("command", ""),
         "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
-        "all": {k: text(v) for k, v in asked.items()},
-        "env": {k: text(v) for k, v in env.items() if v != [] and k not in ELSEWHERE},
+        "all": as_text(asked), "env": as_text({k: v for k, v in env.items() if v != [] and k not in ELSEWHERE}),
     }  # fmt: skip
 
 
 def of_comparison(folder):
     """What the page shows of a comparison; curves are those of the run folders that are where comparison.csv says."""
-    head, *found = read_table(folder / "comparison.csv")
-    found = [dict(zip(head, row)) for row in found]
+    head, *lines = read_table(folder / "comparison.csv")
+    rows, variants = [dict(zip(head, line)) for line in lines], {}
     _, table, *notes = (folder / "comparison.md").read_text(encoding="utf-8").strip().split("\n\n")
-    variants = {}
-    for row in found:
+    for row in rows:
         run = folder / row["folder"]
         row["link"] = quote(f"{row['folder']}/report.html") if (run / "report.html").exists() else None
         variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
@@ -202,23 +206,23 @@ def of_comparison(folder):
     return {
         "kind": "comparison", "name": folder.resolve().name, "state": "done", "notes": notes, "curves": curves,
         "table": [line[2:-2].split(" | ") for line in table.split("\n") if not line.startswith("| --- ")],
-        "runs": [{k: row[k] for k in shown} for row in found],
+        "runs": [{k: row[k] for k in shown} for row in rows],
     }  # fmt: skip
 
 
 def mean_and_deviation(group, column):
     """[mean, standard deviation] of `column` over the runs of `group`, an epoch each."""
-    each = [[v for v in epoch if v is not None] for epoch in zip_longest(*[r.get(column, []) for r in group])]
-    return [[number(statistics.fmean(v)), number(statistics.stdev(v)) if len(v) > 1 else 0] for v in each if v]
+    epochs = [[v for v in epoch if v is not None] for epoch in zip_longest(*[run.get(column, []) for run in group])]
+    return [[number(statistics.fmean(v)), number(statistics.stdev(v)) if len(v) > 1 else 0] for v in epochs if v]
 
 
 def page(data):
     """The HTML of what `of_run` or `of_comparison` found."""
     safe = json.dumps(data, allow_nan=False).translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
-    done = "" if data["state"] != "live" else f"{data['headline'][0][1]}: "
+    progress = f"{data['headline'][0][1]}: " if data["state"] == "live" else ""
     before, rest = TEMPLATE.read_text(encoding="utf-8").split("{{title}}")
     between, after = rest.split("{{data}}")
-    return before + html.escape(done + data["name"]) + between + safe + after
+    return before + html.escape(progress + data["name"]) + between + safe + after
 
 
 def write(folder, live=False, show=False):
@@ -228,16 +232,17 @@ def write(folder, live=False, show=False):
     neither, or cannot be written to.
     """
     folder = Path(folder)
-    if not (folder / "comparison.csv").exists() and not (folder / "env.json").exists():
+    is_comparison, file = (folder / "comparison.csv").exists(), folder / "report.html"
+    if not is_comparison and not (folder / "env.json").exists():
         raise BadInput(f"{folder}: is no run folder and no comparison")
     try:
-        data = of_comparison(folder) if (folder / "comparison.csv").exists() else of_run(folder, live)
+        data = of_comparison(folder) if is_comparison else of_run(folder, live)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as e:
         raise BadInput(f"{folder}: its files are damaged ({one_line(e)}); start a new run") from None
-    runs.write(folder / "report.html", page(data))
+    runs.write(file, page(data))
     if show:
-        webbrowser.open((folder / "report.html").resolve().as_uri())
-    return folder / "report.html"
+        webbrowser.open(file.resolve().as_uri())
+    return file
 
 
 def follow(run, log):

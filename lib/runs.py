@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -15,18 +16,23 @@ import yaml
 
 from lib.cli import BadInput, one_line, read_json
 from lib.config import RESOLVED, data_name, read_file
-from lib.machine import environment
+from lib.machine import device_name, environment
 
 ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
+OF_MACHINE = ("device", "precision", "threads", "workers")  # facts that may change when a run is resumed
 
 
 def write(path, content, keep=None):
-    """Writes `content` (text or bytes) to `path`, whole or not at all; the file there is kept as `keep`."""
+    """Writes `content` (text or bytes) to `path`, whole or not at all; the file there is kept as `keep`.
+
+    Makes the folder where there is none. Raises BadInput where it cannot be written.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
-        with open(part, "xb") as f:  # a link that lies in wait there is not followed
+        with part.open("xb") as f:  # "x": a link that lies in wait there is not followed
             f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
@@ -35,10 +41,8 @@ def write(path, content, keep=None):
         os.replace(part, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as e:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -49,17 +53,17 @@ def write_json(path, value):
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path, rows, columns=None):
-    """Writes a list of dicts that share their keys; `columns` where there may be none."""
-    columns = columns or list(rows[0])
-    write_table(path, columns, [[row[c] for c in columns] for row in rows])
-
-
 def write_table(path, header, rows):
     """Writes a header and lists of values as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write(path, text.getvalue())
+
+
+def write_csv(path, rows, columns=None):
+    """Writes a list of dicts that share their keys; `columns` where there may be none."""
+    columns = columns or list(rows[0])
+    write_table(path, columns, [[row[column] for column in columns] for row in rows])
 
 
 def write_figure(path, figure):
@@ -79,12 +83,11 @@ def whole_folder(path, pick=lambda part: part):
         part = Path(temporary) / "root"
         part.mkdir()
         yield part
-        if not path.exists():
-            try:
-                pick(part).rename(path)
-            except OSError:
-                if not path.is_dir():  # else another process was quicker
-                    raise
+        try:
+            pick(part).rename(path)
+        except OSError:
+            if not path.is_dir():  # otherwise another process was quicker
+                raise
 
 
 class Run:
@@ -92,7 +95,6 @@ class Run:
 
     def __init__(self, path, config, env, **as_asked):
         self.path, self.env = path, env
-        path.mkdir(exist_ok=True)
         write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": "", **as_asked}, sort_keys=False))
         self.note()
 
@@ -108,14 +110,31 @@ class Run:
         """Writes results.csv, a row an epoch."""
         write_csv(self / "results.csv", rows)
 
+    def save_skipped(self, skipped):
+        """Writes skipped.csv, where images were left out."""
+        if skipped:
+            write_table(self / "skipped.csv", ("file", "reason"), skipped)
+
+    def save_augmentation(self, text):
+        """Writes augment.yaml, the albumentations pipeline as `A.save` has it."""
+        write(self / "augment.yaml", text)
+
     def save_model_card(self, card):
         """Writes weights/model.json, which rebuilds the network."""
-        (self / "weights").mkdir(exist_ok=True)
         write_json(self / "weights/model.json", card)
 
     def save_weights(self, content):
         """Writes weights/best.safetensors."""
         write(self / "weights/best.safetensors", content)
+
+
+class Elsewhere:
+    """The run on a rank that writes nothing: it has no paths."""
+
+    path = save_weights = None
+
+    def __truediv__(self, name):
+        return None
 
 
 def check_log(kind):
@@ -128,7 +147,7 @@ def logger(kind, folder):
     """A function that logs the last of the rows it is given, an epoch's, to `folder`; for "none" it does nothing."""
     if kind == "none":
         return lambda rows: None
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter  # imports torch
 
     writer = SummaryWriter(folder)
 
@@ -140,70 +159,59 @@ def logger(kind, folder):
     return log
 
 
+def check_out(config, size=1):
+    """Raises BadInput where `--out` cannot hold `size` bytes: no folder, no right to write, disk full, quota, limit."""
+    path = Path(config.out).expanduser().absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as f:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as e:
+        needs = f"has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
+        raise BadInput(f"--out {config.out}: cannot be written to, or {needs} ({e.strerror}); pass another") from None
+
+
 def start(config, **facts):
     """A new run folder under `config.out` (-2, -3 … behind a name that is taken), made with args.yaml and env.json."""
     optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
     name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}"
-    out, env = Path(config.out).expanduser(), {**environment(), **facts}
+    out = Path(config.out).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_out(config, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
-            make_room(temporary, config.out, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
-            run = Run(Path(temporary) / name, config, env)
-            for i in range(1, 10_000):
-                path = out / (name if i == 1 else f"{name}-{i}")
+            run = Run(Path(temporary) / name, config, {**environment(), **facts})
+            for free in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
                 try:
-                    if not os.path.lexists(path):
-                        run.path.rename(path)
-                        break
+                    if not os.path.lexists(out / free):
+                        run.path = run.path.rename(out / free)
+                        return run
                 except OSError:
-                    if not path.exists():  # else another process was quicker
+                    if not os.path.lexists(out / free):  # otherwise another process was quicker
                         raise
     except OSError as e:
         raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
-    run.path = path
-    return run
-
-
-def check_out(config):
-    """Raises BadInput where no run folder can be made under `--out`; seen before the images are read."""
-    path = Path(config.out).expanduser().absolute()
-    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        what = "cannot be written to" if there.is_dir() else "is no folder"
-        raise BadInput(f"--out {config.out}: {there} {what}; pass another folder")
-
-
-def make_room(path, out, size):
-    """Raises BadInput where `size` bytes cannot be had in the folder `path`: disk full, quota, limit of the process."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with tempfile.TemporaryFile(dir=path) as f:
-                os.posix_fallocate(f.fileno(), 0, size)
-        except OSError as e:
-            raise BadInput(
-                f"--out {out}: has no room for the {size / 1e6:,.0f} MB that a run may take ({e.strerror}); "
-                "make room, or pass another folder"
-            ) from None
 
 
 def reopen(config, **facts):
     """The run folder `config.resume`, to go on in it. Raises BadInput where its data was other data."""
     path = Path(config.resume).expanduser()
-    try:
-        env = read_json(path / "env.json")
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path}/env.json: cannot be read ({one_line(e)}); start a new run") from None
+    env, asked = read_json(path / "env.json"), read_file(path / "args.yaml")
     if "lr" not in env and (path / "weights/last.pt").exists():
         raise BadInput(f"{path}/env.json: has lost the lr of its run; start a new run")
     if env.get("data_fingerprint") != facts["data_fingerprint"]:
         raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
-    kept = read_file(path / "args.yaml")
-    asked = {name: kept[name] for name in RESOLVED if name in kept}
-    now = {**environment(), **{name: facts[name] for name in ("device", "precision", "threads", "workers")}}
+    now = {**environment(), **{name: facts[name] for name in OF_MACHINE}}
+    of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
     (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-    same = {name: fact for name, fact in facts.items() if name not in (*now, "device_name")}
-    return Run(path, config, {**facts, **now, **env, **same, "resumed": [*env.get("resumed", []), now]}, **asked)
+    env = {**facts, **now, **env, **of_data, "resumed": [*env.get("resumed", []), now]}
+    return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
+
+
+def open(config, asked, facts):
+    """The run folder that `config` resumes, or a new one, whose args.yaml holds the settings as `asked`."""
+    return reopen(config, **facts) if config.resume else start(asked, **facts)
 
 
 def read_card(path):
@@ -211,12 +219,52 @@ def read_card(path):
     try:
         card = read_json(path)
         classes, size, numbers = card["classes"], card["size"], [*card["mean"], *card["std"]]
-        if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-            raise ValueError("classes are not names")
-        if len(classes) != card["args"]["n_classes"]:
-            raise ValueError("as many classes as the network has outputs are needed")
+        named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        if not named or len(classes) != card["args"]["n_classes"]:
+            raise ValueError("classes are not as many names as the network has outputs")
         if type(size) is not int or not 0 < size <= 1024 or len(numbers) != 6 or not all(map(math.isfinite, numbers)):
             raise ValueError("size, mean or std are not what a run writes")
         return card
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise BadInput(f"{path}: is damaged ({one_line(e)})") from None
+
+
+def facts(config, dls, model, machine):
+    """What `auto` became, and what the data is, for env.json and the first lines of a run."""
+    return {
+        "device": str(dls.device),
+        "device_name": device_name(dls.device),
+        "precision": machine.precision,
+        "threads": machine.threads,
+        "workers": dls.train.fake_l.num_workers,
+        "size": dls.store.size,
+        "batch_size": dls.train.bs,
+        "images": {name: len(getattr(dls, name).dataset) for name in ("train", "valid", "test")},
+        "skipped": len(dls.store.skipped),
+        "classes": list(dls.vocab),
+        "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
+        "data_fingerprint": dls.store.fingerprint(),
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def banner(config, facts, where):
+    """The first lines of a run."""
+    images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
+    if facts["skipped"]:
+        images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
+    side, small = facts["size"], facts["size"] * 3 // 4
+    at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
+    return (
+        f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
+        f"{facts['workers']} workers\n"
+        f"{config.data}: {images}; {len(facts['classes'])} classes, {side} x {side} pixels{at_first}\n"
+        f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
+        f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
+    )
+
+
+def show(asked, config, facts):
+    """Prints the settings as `asked` and the first lines of a run that is not made."""
+    print(*(f"{name}: {value}" for name, value in asked.to_dict().items()), sep="\n")
+    print(banner(config, facts, "nothing is written: dry run"))

@@ -139,14 +139,22 @@ def state_of(learn):
         learn.opt.state_dict() if learn.opt else None,
         [m.training for m in learn.model.modules()],
         [len(m._forward_hooks) + len(m._backward_hooks) for m in learn.model.modules()],
-        [dl.epoch for dl in learn.dls],
-        [dl.rng.getstate() for dl in learn.dls],
+        [dl.epoch for dl in learn.dls.loaders],
+        [dl.rng.getstate() for dl in learn.dls.loaders],
+        learn.recorder.values,
+        learn.epochs_trained,
         learn.recorder.rows,
         [type(cb).__name__ for cb in learn.cbs],
         torch.get_rng_state(),
         str(np.random.get_state()),
         random.getstate(),
     )
+
+
+def logits_of(learn, dl):
+    """(logits, targets) of every image of a loader, in float32."""
+    with learn.in_float32():
+        return learn.get_preds(dl=dl, act=lambda logits: logits)
 
 
 def free_port():

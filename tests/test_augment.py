@@ -1,15 +1,20 @@
 import itertools
+import json
 
 import albumentations as A
 import numpy as np
 import pytest
 import torch
+from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageDataLoaders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data import augment, decode
+from lib.cli import BadInput
+from lib.data import augment, decode, loader
 from lib.data.augment import AlbumentationsTransform, AlternatingFlip, CropFromPadding, Cutout
-from tests.conftest import fingerprint
+from tests.conftest import fingerprint, save
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -28,9 +33,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    orders = [tuple(augment.order(s, e, 50)) for s in range(3) for e in range(3)]
+    orders = [tuple(augment.shuffled(s, e, range(50))) for s in range(3) for e in range(3)]
     assert len(set(orders)) == 9 and all(sorted(o) == list(range(50)) for o in orders)
-    assert orders[0] == tuple(augment.order(0, 0, 50))
+    assert orders[0] == tuple(augment.shuffled(0, 0, range(50)))
 
 
 def test_workers_do_not_change_the_data(make):
@@ -117,9 +122,9 @@ def test_wrong_arguments_raise():
 def test_only_training_images_are_augmented(make):
     _, learn = make()
     store, dl = learn.dls.store, learn.dls.valid
-    x, _ = dl.do_batch([0, 1])
+    x, _ = dl.make_batch([0, 1])
     assert all((x[j].permute(1, 2, 0).numpy() == decode.centre(store[dl.ids[j]], 32)).all() for j in range(2))
-    x, _ = learn.dls.train.do_batch(range(8))
+    x, _ = learn.dls.train.make_batch(list(range(8)))
     plain = np.stack([store[learn.dls.train.ids[j]] for j in range(8)])
     assert (x.permute(0, 2, 3, 1).numpy() != plain).any((1, 2, 3)).all()
 
@@ -133,3 +138,156 @@ def test_a_pass_moves_to_the_next_epoch_and_a_look_does_not(make):
     assert dl.epoch == 1
     second = [y.tolist() for _, y in dl]
     assert first != second and sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
+
+
+NESTED = {
+    "one of": [A.OneOf([A.HorizontalFlip(p=1), A.VerticalFlip(p=1), A.Blur(p=1)], p=0.9), A.RandomCrop(30, 30)],
+    "some of": [A.SomeOf([A.GaussNoise(p=1), A.RandomBrightnessContrast(p=1), A.Rotate(p=1)], n=2)],
+    "random order": [A.RandomOrder([A.Rotate(), A.CoarseDropout(p=1, fill="random"), AlternatingFlip()], n=2)],
+    "composes in one another": [
+        A.Compose([A.Sequential([A.ISONoise(p=0.7), A.OneOrOther(A.RandomGamma(), A.CLAHE())], p=0.8)], p=0.9, seed=3),
+        A.ElasticTransform(p=1),
+    ],
+    "replay": [A.ReplayCompose([A.HorizontalFlip(), A.ShotNoise(p=1), A.Spatter(p=1)])],
+    "ours within": [A.OneOf([AlternatingFlip(), Cutout(8)]), A.GridDistortion(p=1)],
+    "generators of their own": [A.MultiplicativeNoise(p=1), A.GlassBlur(p=1), A.PixelDropout(p=1), A.FancyPCA(p=1)],
+}
+
+
+def drawn(transform, backwards=False):
+    """{(epoch, index): what it makes of IMAGE}, drawn in order or backwards."""
+    places = [(epoch, i) for epoch in range(3) for i in range(8)]
+    return {place: transform.apply(IMAGE, *place).tobytes() for place in (places[::-1] if backwards else places)}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_any_pipeline_is_a_function_of_seed_epoch_and_image(name):
+    seen = drawn(AlbumentationsTransform(NESTED[name], 3))
+    assert seen == drawn(AlbumentationsTransform(NESTED[name], 3), backwards=True)
+    assert len(set(seen.values())) > 12  # of 24
+    assert seen != drawn(AlbumentationsTransform(NESTED[name], 4))
+
+
+def test_two_pipelines_may_share_their_transforms():
+    shared = [A.Rotate(p=1)]
+    one, two = AlbumentationsTransform(shared, 1), AlbumentationsTransform(shared, 2)
+    two.apply(IMAGE, 0, 0)
+    expected = drawn(AlbumentationsTransform([A.Rotate(p=1)], 1))
+    one.apply(IMAGE, 0, 0), two.apply(IMAGE, 0, 0)
+    assert drawn(one) == expected
+
+
+@pytest.mark.parametrize("name", ["some of", "replay"])
+def test_any_pipeline_gives_a_loader_the_same_images_for_any_number_of_workers(name, bands, parse, tmp_path):
+    A.save(A.Compose(NESTED[name]), tmp_path / "mine.yaml", "yaml")
+    dls = loader.get_dls(parse("--data", bands, "--size", 24, "-b", 16, "--augment", tmp_path / "mine.yaml"))
+    batches = lambda epoch, workers: [x for x, _ in dls.train.new(num_workers=workers, epoch=epoch)]
+    plain = batches(0, 0)
+    assert all((a == b).all() for a, b in zip(plain, batches(0, 2), strict=True))
+    assert not any((a == b).all() for a, b in zip(plain, batches(1, 2), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_alone_in_a_fastai_loader_each_call_draws_anew(workers, tmp_path):
+    for name in "ab":
+        for i in range(8):
+            save(tmp_path / name / f"{i}.png", IMAGE)
+    tfms = [Resize(32), AlbumentationsTransform([A.RandomBrightnessContrast(p=1), A.Rotate(p=1)])]
+
+    def epochs():
+        set_seed(3)
+        options = dict(valid_pct=0.25, seed=1, bs=4, item_tfms=tfms, num_workers=workers, device="cpu")
+        dls = ImageDataLoaders.from_folder(tmp_path, **options)
+        assert (next(iter(dls.valid))[0][0] == next(iter(dls.valid))[0][1]).all()
+        return [torch.cat([x for x, _ in dls.train]) for _ in range(2)]
+
+    first, second = epochs()
+    images = {x.numpy().tobytes() for x in (*first, *second)}
+    assert len(images) == len(first) + len(second) == 24
+    assert all((a == b).all() for a, b in zip((first, second), epochs()))
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+@pytest.mark.parametrize("name", [*NESTED, "standard", "photo", "none"])
+def test_a_saved_pipeline_reads_back_equal(name, form, tmp_path, parse):
+    if name in NESTED:
+        transforms = NESTED[name]
+    else:
+        transforms = augment.pipeline(parse("--data", "x", "--augment", name), 32, (1.5, 2.0, 3.0))
+    first, file = AlbumentationsTransform(transforms, 3), tmp_path / f"augment.{form}"
+    A.save(first.compose, file, form)
+    read = augment.pipeline(parse("--data", "x", "--augment", file), 30, (0, 0, 0))
+    again = AlbumentationsTransform(read, 3)
+    assert drawn(again) == drawn(first) and augment.saved(again) == augment.saved(first)
+    file.write_text(augment.saved(first))
+    assert drawn(AlbumentationsTransform(augment.pipeline(parse("--augment", file), 30, (0, 0, 0)), 3)) == drawn(first)
+
+
+def test_what_the_pipelines_of_the_command_line_do(parse):
+    large = np.random.default_rng(1).integers(0, 256, (64, 90, 3), dtype=np.uint8)
+    of = lambda *argv: AlbumentationsTransform(augment.pipeline(parse(*argv), 64, (1, 2, 3)), size=64)
+    assert (of("--augment", "none").apply(large, 0, 0) == decode.centre(large, 64)).all()
+    standard, photo = of(), of("--augment", "photo")
+    assert standard.lean and not photo.lean
+    kinds = lambda transform: [type(t).__name__ for t in transform.compose.transforms]
+    assert kinds(standard) == ["CropFromPadding", "AlternatingFlip", "Cutout"]
+    assert kinds(photo) == ["RandomResizedCrop", "AlternatingFlip", "ColorJitter", "Cutout"]
+    assert kinds(of("--augment", "photo", "--no-flip", "--cutout", 0)) == ["RandomResizedCrop", "ColorJitter"]
+    for transform in (standard, photo):
+        assert {transform.apply(large, 0, i).shape for i in range(30)} == {(64, 64, 3)}
+
+
+BAD = {  # what a file holds in the place of a transform: words of the line
+    "a lambda": ({"__class_fullname__": "Lambda", "__name__": "x"}, "Lambda is no transform"),
+    "a function": ({"__class_fullname__": "os.system"}, "os.system is no transform"),
+    "no name": ({"p": 1}, "cannot be used"),
+    "a list": ([], "cannot be used"),
+    "a base class": ({"__class_fullname__": "BasicTransform"}, "BasicTransform: wrong arguments"),
+    "no transform": ({"__class_fullname__": "BboxParams"}, "BboxParams is no transform"),
+    "a wrong value": ({"__class_fullname__": "Blur", "blur_limit": "x"}, "Blur: wrong arguments"),
+    "a wrong name": ({"__class_fullname__": "Blur", "limit": 3}, "Blur: wrong arguments"),
+    "a wrong name, deep": (
+        {"__class_fullname__": "OneOf", "transforms": [{"__class_fullname__": "Cutout_", "p": 1}]},
+        "Cutout_ is no transform",
+    ),
+    "what A.save loses": (
+        {"__class_fullname__": "SelectiveChannelTransform", "transforms": [], "channels": [0]},
+        "does not keep channels",
+    ),
+    "another type": ({"__class_fullname__": "Normalize"}, "float32"),
+    "a tensor": ({"__class_fullname__": "ToTensorV2"}, "torch.uint8"),
+    "too small": ({"__class_fullname__": "Resize", "height": 16, "width": 16}, "(16, 16, 3)"),
+    "too large": ({"__class_fullname__": "RandomCrop", "height": 64, "width": 64}, "(64, 64)"),
+    "a file to read": ({"__class_fullname__": "FDA", "reference_images": ["/etc/passwd"]}, "FDA"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_transform_that_cannot_be_used_is_one_line(name, tmp_path, parse):
+    node, words = BAD[name]
+    node = {"p": 1, **node} if isinstance(node, dict) else node
+    text = json.dumps({"transform": {"__class_fullname__": "Compose", "p": 1, "transforms": [node]}})
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(BadInput) as e:
+        augment.pipeline(parse("--augment", tmp_path / "x.json"), 32, (0, 0, 0))
+    assert f"--augment {tmp_path}/x.json: " in str(e.value) and words in str(e.value) and len(str(e.value)) < 1500
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "transform: 3", "{", "\0", "[" * 10**4, "x" * 10**6, "a: &a [1]\nb: *a", "transform: " + "[" * 500,
+    "__class_fullname__: x\n" * 200, "transform: !!python/object/apply:os.system ['touch {}']",
+    "transform:\n  __class_fullname__: Compose\n  transforms: 3",
+], ids=range(12))  # fmt: skip
+def test_a_file_that_holds_no_pipeline_is_one_line_and_runs_nothing(text, tmp_path, parse):
+    (tmp_path / "x.yaml").write_text(text.replace("{}", str(tmp_path / "canary")))
+    for path in (tmp_path / "x.yaml", tmp_path / "nowhere"):
+        with pytest.raises(BadInput, match="^--augment .*: cannot be used"):
+            augment.pipeline(parse("--augment", path), 32, (0, 0, 0))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_images_that_come_out_too_small_are_one_line(tmp_path):
+    shrinks = AlbumentationsTransform([A.Resize(16, 16, p=0.5)], size=32)
+    with pytest.raises(BadInput, match="--augment: .*at least 32 pixels"):
+        for i in range(20):
+            shrinks.apply(IMAGE, 0, i)

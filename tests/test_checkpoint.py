@@ -123,7 +123,7 @@ def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
 
 def test_the_checkpoint_is_a_plain_state_dict_whose_every_value_is_under_its_checksum(whole):
     plain = torch.load(whole / "weights/last.pt", weights_only=True)
-    assert plain["format"] == 3 and plain["epochs_trained"] == 4
+    assert plain["format"] == 4 and plain["epochs_trained"] == 4
     found = plain.pop("checksum")
     del plain["format"]
     assert checkpoint.checksum(plain) == found

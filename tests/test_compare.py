@@ -8,9 +8,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import compare, config
+from lib import compare, config, train
 from lib.cli import BadInput
-from lib.train import recorder, schedules
+from lib.train import progress, recorder
 from tests.conftest import fingerprint
 from train_fastai import main
 
@@ -33,7 +33,7 @@ def untimed(path):
 @pytest.fixture(scope="module")
 def compared(bands, tmp_path_factory):
     """(folder, {run: hash of what its fit started from}) of a comparison."""
-    out, starts, fit = tmp_path_factory.mktemp("compared"), {}, schedules.fit
+    out, starts, fit = tmp_path_factory.mktemp("compared"), {}, train.fit
 
     def spy(learn, c, lr):
         batches = [[x.tolist(), y.tolist()] for x, y in learn.dls.train]
@@ -42,7 +42,7 @@ def compared(bands, tmp_path_factory):
         fit(learn, c, lr)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(schedules, "fit", spy)
+        m.setattr(train, "fit", spy)
         assert main(argv(bands, out)) == 0
     return out / "both", starts
 
@@ -84,9 +84,9 @@ def test_a_comparison_that_was_killed_goes_on_and_gives_the_same_table(compared,
             raise KeyboardInterrupt
         after_batch(self)
 
-    started, before_fit = [], recorder.Progress.before_train
+    started, before_fit = [], progress.EpochLines.before_train
     with monkeypatch.context() as m:
-        m.setattr(recorder.Progress, "before_train", lambda self: (self.epoch or started.append(1), before_fit(self)))
+        m.setattr(progress.EpochLines, "before_train", lambda self: (self.epoch or started.append(1), before_fit(self)))
         m.setattr(recorder.EpochRecorder, "after_batch", stop)
         assert main(argv(bands, tmp_path)) == 130
     assert not (tmp_path / "both/comparison.csv").exists() and (tmp_path / "both/one_cycle-s0/env.json").exists()
@@ -131,6 +131,10 @@ def test_axes_multiply_and_name_the_runs():
     found = config.variants("--data digits --optimizer sgd adam --momentum .75 .9 --seeds 3 4 -b 32".split())
     assert [c.name for c in found[:3]] == ["sgd-0.75-s3", "sgd-0.75-s4", "sgd-0.9-s3"] and len(found) == 8
     assert {c.out for c in found} == {"runs/digits-sgd-0.75_vs_sgd-0.9_vs_adam-0.75_vs_adam-0.9"}
+    digits = config.variants(["--schedule", *config.SCHEDULES, "--lr", ".1", ".2", "--data", "digits"])
+    others = config.variants(["--schedule", *config.SCHEDULES, "--lr", ".1", ".3", "--data", "digits"])
+    (one,), (other,) = {c.out for c in digits}, {c.out for c in others}
+    assert one != other and len(one) == len(other) == len("runs/") + 120  # cut, and told apart by what was cut
     restarts = config.variants("--schedule one_cycle warm_restarts".split())[1]
     assert restarts.cycle_length == 1 / 7 and restarts.schedule == "warm_restarts" and restarts.seeds == (0,)
     (single,) = config.variants(["--schedule", "one_cycle"])
@@ -143,15 +147,22 @@ def test_axes_multiply_and_name_the_runs():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
-def test_intervals_are_scipys(pairs):
+def test_intervals_are_students(pairs):
     a, b = np.array(pairs).T
-    if np.ptp(b - a) < 1e-6:
+    d, n = b - a, len(a)
+    if np.ptp(d) < 1e-6:
         return
-    theirs = scipy.stats.ttest_rel(b, a).confidence_interval(0.95)
-    mean, half = compare.interval(b - a)
-    np.testing.assert_allclose([mean - half, mean + half], theirs, rtol=1e-6, atol=1e-9)
-    sentence = compare.verdict("x", "y", b - a)
-    assert ("no difference seen" in sentence) == (theirs[0] <= 0 <= theirs[1])
+    low, high = scipy.stats.t.interval(0.95, n - 1, loc=d.mean(), scale=scipy.stats.sem(d))
+    mean, half = compare.interval(b, a)
+    np.testing.assert_allclose([mean - half, mean + half], [low, high], rtol=1e-6, atol=1e-9)
+    assert ("no difference seen" in compare.verdict("x", "y", mean, half, n)) == (low <= 0 <= high)
+
+
+def test_equal_and_single_scores_have_a_sentence(recwarn):
+    assert compare.verdict("x", "y", *compare.interval([0.5, 0.7], [0.5, 0.7]), 2) == "y equals x in all 2 seeds."
+    mean, half = compare.interval([0.75, 0.5], [0.5, 0.25])  # always as much better: no width
+    assert (mean, half) == (0.25, 0) and "y is better than x by 0.2500" in compare.verdict("x", "y", mean, half, 2)
+    assert compare.interval([0.75], [0.5]) == (0.25, None) and not recwarn.list
 
 
 def test_what_is_in_the_way_is_left_there(bands, tmp_path, capsys):

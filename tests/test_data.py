@@ -5,6 +5,7 @@ import random
 import tarfile
 import threading
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage
 from PIL import Image
 
+from lib.cli import BadInput
 from lib.data import decode, folders, loader
 from tests.conftest import SMALL, picture, save
 from train_fastai import main
@@ -74,14 +76,10 @@ def test_valid_pct_0_lets_test_choose(make):
 def test_the_order_of_the_file_system_does_not_matter(tmp_path, monkeypatch):
     root = tree(tmp_path, {"": {"b": 8, "a": 8, "c": 8}})
     before = folders.find_images(root, 0.1, 0)
-    walk = folders.os.walk
-
-    def shuffled(*args, **kwargs):
-        for at, inside, files in walk(*args, **kwargs):
-            random.shuffle(inside), random.shuffle(files)
-            yield at, inside, files
-
-    monkeypatch.setattr(folders.os, "walk", shuffled)
+    scandir, listdir = folders.os.scandir, folders.os.listdir
+    shuffled = lambda entries: random.sample(entries, len(entries))
+    monkeypatch.setattr(folders.os, "scandir", lambda path: nullcontext(shuffled(list(scandir(path)))))
+    monkeypatch.setattr(folders.os, "listdir", lambda path: shuffled(listdir(path)))
     assert folders.find_images(root, 0.1, 0) == before
 
 
@@ -206,7 +204,7 @@ def test_every_mode_decodes_to_its_mean(tmp_path, name):
         / {"deep.png": 257, "dark.png": 257, "float.tif": 1 / 255}.get(name, 1),
         "white": 255,
     }[expected]
-    out = decode.decode(tmp_path / name, 40)
+    out = decode.read(tmp_path / name, 40)
     assert out.shape == (40, 40, 3) and out.dtype == np.uint8
     assert abs(out.mean() - mean) < 3
 
@@ -217,8 +215,29 @@ def test_exif_rotation_sizes_and_shapes(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
-    out = decode.decode(tmp_path / "a.png", 10)
+    out = decode.read(tmp_path / "a.png", 10)
     assert out.shape == (30, 10, 3) and out[:10].mean() > 245 and out[-10:].mean() < 10
+    content = (tmp_path / "a.png").read_bytes()
+    for image in (str(tmp_path / "a.png"), content, Image.open(tmp_path / "a.png"), array.swapaxes(0, 1)):
+        assert (decode.read(image, 10) == out).all()
+
+
+def test_arrays_are_images_where_they_have_the_shape_of_one():
+    grey = RNG.integers(0, 256, (20, 30), dtype=np.uint8)
+    clear = np.dstack([grey] * 3 + [np.zeros_like(grey)])
+    assert (decode.read(grey, 20) == grey[:, :, None]).all() and (decode.read(clear, 20) == 255).all()
+    for a in (
+        grey.astype(float),
+        grey[0],
+        grey[None, None],
+        np.zeros((0, 3, 3), np.uint8),
+        np.dstack([grey, grey]),
+        "x".split(),
+    ):
+        with pytest.raises(BadInput, match=r"^an image must be uint8 \(h, w\), \(h, w, 3\) or \(h, w, 4\), not "):
+            decode.read(a, 20)
+    with pytest.raises(BadInput, match="an image: cannot be read as an image .*one side more than 100 times"):
+        decode.read(np.zeros((2, 500), np.uint8), 20)
 
 
 def test_statistics_are_those_of_the_training_images(make):
@@ -254,7 +273,7 @@ def test_normalizing_in_place_gives_fastais_numbers():
     mean, std, x = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26], RNG.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     images = TensorImage(torch.from_numpy(x).permute(0, 3, 1, 2)).float().div_(255)
     theirs = Normalize.from_stats(mean, std, cuda=False)
-    ours = loader.NormalizeInPlace.of(np.array(mean), np.array(std), 16)
+    ours = loader.NormalizeInPlace(np.array(mean), np.array(std), 16)
     expected = theirs.encodes(images)
     found = ours.encodes(images.clone())
     assert (found == expected).all() and (ours.decodes(found) == theirs.decodes(expected)).all()

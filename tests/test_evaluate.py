@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lib import runs
 from lib.explain import evaluate, plots
 from lib.train import averaging
-from tests.conftest import state_of
+from tests.conftest import logits_of, state_of
 
 
 def outcome_with(learn, wrong):
@@ -42,11 +42,11 @@ def test_mistakes_describe_their_files(make):
     """Each row against the network itself, on the file that the row names."""
     _, learn = make()
     learn.fit(1, 0.02)
-    before = state_of(learn)
+    before, (logits, targets) = state_of(learn), logits_of(learn, learn.dls.test)
     rows = evaluate.mistakes(learn)
     assert state_of(learn) == before
     vocab, store = list(learn.dls.vocab), learn.dls.store
-    assert len(rows) == sum(int((z.argmax(1) != y).sum()) for _, z, y in learn.logits(learn.dls.test)) > 0
+    assert len(rows) == int((logits.argmax(1) != targets).sum()) > 0
     mean, std = (torch.tensor(v).view(3, 1, 1).float() for v in (learn.dls.mean, learn.dls.std))
     learn.model.eval()
     for row in rows[:10]:
@@ -86,7 +86,9 @@ def test_the_summary_is_of_the_kept_weights(make):
     best = averaging.KeepBest()
     learn.fit(3, 0.05, cbs=best)
     learn.model.load_state_dict(best.state)
-    loss, acc = learn.loss_and_accuracy(learn.dls.valid, float32=True)
+    with learn.in_float32():
+        evaluation = learn.evaluate(learn.dls.valid)
+    loss, acc = evaluation.values[0], evaluation.accuracy
     valid, test = (evaluate.outcome(learn, dl) for dl in (learn.dls.valid, learn.dls.test))
     env = dict(chosen_on="valid", lr=0.05, params=9, images=dict(train=88))
     s = evaluate.summarize(config, env, learn.recorder.rows, best.epoch_number, valid, test, learn.opt.opt, [0.5, 0.25])
@@ -106,12 +108,12 @@ def test_accuracy_with_mirror_images_is_of_the_mean_of_the_logits(make):
     torch.manual_seed(1)  # with which the mean and the image alone differ in accuracy
     learn.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * side**2, len(learn.dls.vocab)))
     right = alone = n = 0
-    for x, z, y in learn.logits(dl):
+    for x, y in dl:
         with torch.no_grad():
-            turned = learn.model(x[..., torch.arange(side - 1, -1, -1)])
+            z, turned = learn.model(x), learn.model(x[..., torch.arange(side - 1, -1, -1)])
         right, alone, n = right + ((z + turned).argmax(1) == y).sum(), alone + (z.argmax(1) == y).sum(), n + len(y)
-    found = evaluate.tta_accuracy(learn, dl, evaluate.outcome(learn, dl))
-    assert found == pytest.approx(right / n) != pytest.approx(alone / n)
+    seen = evaluate.tta_accuracy(learn, dl, evaluate.outcome(learn, dl))
+    assert seen == pytest.approx(float(right) / n) != pytest.approx(float(alone) / n)
 
 
 @pytest.mark.parametrize("flips", [[], ["--no-flip"]])

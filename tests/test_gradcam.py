@@ -77,6 +77,21 @@ def test_an_in_place_relu_behind_the_layer_does_not_change_the_map():
     assert np.abs(one - two).max() < 1e-6 and one.max() > 0
 
 
+def test_a_function_that_works_in_place_behind_the_layer_does_not_change_the_map():
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.fc, self.inplace = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), inplace
+
+        def forward(self, x):
+            return self.fc(nn.functional.relu(self.conv(x), self.inplace).mean((2, 3)))
+
+    images = torch.randn(4, 3, 16, 16)
+    one, two = (gradcam.maps(net, net.conv, images, [0, 1, 2, 0]) for net in (Net(False), Net(True)))
+    assert np.abs(one - two).max() < 1e-6 and one.max() > 0
+
+
 def test_wrong_arguments_raise():
     model = network()
     with pytest.raises(ValueError, match="4 images, but 1 targets"):

@@ -20,14 +20,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fastai.data.external import URLs
 from PIL import Image
 
 from lib import compare, predict, runs
 from lib import config as settings
 from lib.cli import BadInput
 from lib.config import Config
-from lib.data import archive, loader, sources
+from lib.data import archive, loader
 from lib.models import zoo
 from lib.train import checkpoint
 from tests.conftest import SMALL, good, picture
@@ -199,22 +198,6 @@ def test_a_good_archive_is_unpacked_with_plain_modes(name, content, tmp_path):
     files = sorted((tmp_path / "out").rglob("*.png"))
     assert len(files) == 10 and all(p.read_bytes() == PICTURE for p in files)
     assert {p.stat().st_mode & 0o7000 for p in files} == {0}
-
-
-def test_cifar10s_archive_must_stay_what_it_was_at_first(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(URLs, "CIFAR", "http://127.0.0.1:9/another.tgz")  # fastai knows no hash of it
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "cifar10.tgz").write_bytes(tar_of())
-    folder = sources.cifar10(Config(cache=str(cache)))
-    record = cache / "cifar10.tgz.sha256"
-    assert record.read_text() == f"{sources.sha256(cache / 'cifar10.tgz')}  cifar10.tgz\n"
-    shutil.rmtree(folder)
-    sources.cifar10(Config(cache=str(cache)))
-    shutil.rmtree(folder)
-    (cache / "cifar10.tgz").write_bytes(tar_of(mode="w"))
-    assert "cifar10.tgz: is not what was first downloaded" in refused("--data", "cifar10", "--cache", cache)
-    assert not folder.exists()
 
 
 # --- what a stranger's run folder holds ------------------------------------------------------------------------------

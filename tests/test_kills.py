@@ -55,8 +55,11 @@ def hooked(act):
 
         setattr(module, name, both)
 
-    ahead(learner.SGDLearner, "one_batch", lambda learn, *_: "batch" if learn.cbs else "range")
-    ahead(learner.SGDLearner, "loss_and_accuracy", lambda *_: "evaluate")
+    def kind(learn, *_):
+        fits = any(isinstance(cb, checkpoint.Checkpoint) for cb in learn.cbs)
+        return "evaluate" if not learn.training else "batch" if fits else "range"
+
+    ahead(learner.SGDLearner, "one_batch", kind)
     ahead(evaluate, "explain", lambda *_: "gallery")
     ahead(os, "replace", lambda source, target: os.path.basename(target))
     name = lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))

@@ -16,7 +16,7 @@ from lib import machine
 from lib.models import zoo
 from lib.train import averaging, recorder
 from lib.train.recorder import Diverged
-from tests.conftest import fingerprint, state_of
+from tests.conftest import fingerprint, logits_of, state_of
 
 
 def test_the_first_loss_is_near_ln_of_the_classes(make):
@@ -45,7 +45,7 @@ def test_two_equal_runs_are_equal_to_the_bit(make):
 def test_a_step_is_plain_sgd_with_momentum_and_l2(make):
     """v = mom v + g + wd w; w -= lr v; weights of norms and biases without wd."""
     _, learn = make("--momentum", 0.8, "--weight-decay", 0.01)
-    model = learn.probe().model
+    model = learn.twin().model
     with torch.no_grad():
         weights = {n: p.clone() for n, p in model.named_parameters()}
     velocity = {n: torch.zeros_like(p) for n, p in weights.items()}
@@ -64,10 +64,10 @@ def test_a_step_is_plain_sgd_with_momentum_and_l2(make):
     for (n, p), q in zip(model.named_parameters(), learn.model.parameters()):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), n
     groups = learn.opt.opt.param_groups
-    assert [g["weight_decay"] for g in groups] == [0.01, 0.0] and {g["momentum"] for g in groups} == {0.8}
-    assert len(groups[1]["params"]) == sum(n in spared for n, _ in learning) and sum(
-        len(g["params"]) for g in groups
-    ) == len(learning)
+    assert [g["weight_decay"] for g in groups] == [0.01, 0.0] * 2 and {g["momentum"] for g in groups} == {0.8}
+    undecayed = groups[1]["params"] + groups[3]["params"]
+    assert len(undecayed) == sum(n in spared for n, _ in learning)
+    assert sum(len(g["params"]) for g in groups) == len(learning)
 
 
 def test_the_training_loss_is_the_mean_over_images(make):
@@ -108,7 +108,7 @@ def test_the_average_is_what_is_evaluated_and_kept_and_training_is_as_without_it
                 expected[k] = d * expected[k] + (1 - d) * v.double()
 
         def after_epoch(self):
-            model = self.learn.probe().model
+            model = self.learn.twin().model
             model.load_state_dict(expected)
             model.eval()
             x, y = zip(*[[t.as_subclass(torch.Tensor) for t in b] for b in self.dls.test])
@@ -127,7 +127,7 @@ def test_the_average_is_what_is_evaluated_and_kept_and_training_is_as_without_it
     for name, kept in learn.model.state_dict().items():
         if kept.is_floating_point():
             assert torch.allclose(kept.double(), expected[name], rtol=1e-4, atol=1e-6), name
-    assert learn.average is None and learn.validate(2)[0] == pytest.approx(evaluated[-1], rel=1e-4)
+    assert learn.ema.average is None and learn.validate(2)[0] == pytest.approx(evaluated[-1], rel=1e-4)
     last = best.epoch_number == 3
     assert last == all(torch.equal(best.state[k], v) for k, v in learn.model.state_dict().items())
 
@@ -136,14 +136,14 @@ def test_evaluation_equals_plain_torch_and_changes_nothing(make):
     _, learn = make()
     learn.fit(1, 0.05)
     before = state_of(learn)
-    loss, acc = learn.validate(2)
-    logits, y = zip(*[(z, y) for _, z, y in learn.logits(learn.dls.test)])
+    evaluation = learn.evaluate(learn.dls.test)
+    loss, acc = evaluation.values[0], evaluation.accuracy
+    z, y = logits_of(learn, learn.dls.test)
     learn.get_preds()
     ours = learn.validate(0)
     theirs = ClassificationInterpretation.from_learner(learn, dl=learn.dls.test).top_losses()[0]
     assert state_of(learn) == before
     assert ours == learn.validate(0) and theirs.mean().item() == pytest.approx(loss, rel=1e-5)
-    z, y = torch.cat(logits), torch.cat(y)
     assert loss == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
     assert acc == (z.argmax(1) == y).double().mean().item() == pytest.approx(learn.recorder.rows[-1]["test_acc"])
 
@@ -191,7 +191,7 @@ def test_a_last_step_that_spoils_the_weights_keeps_nothing(make):
 def test_weight_decay_given_to_fit_spares_norms_and_biases(make):
     _, learn = make()
     learn.fit(1, 0.01, 0.3)
-    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == [0.3, 0.0]
+    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == [0.3, 0.0] * 2
 
 
 def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
@@ -210,7 +210,7 @@ def test_long_epochs_are_checked_on_the_way(make, monkeypatch):
 
 def test_the_best_weights_are_those_of_the_best_valid_accuracy():
     keep, model = averaging.KeepBest(), torch.nn.Linear(1, 1)
-    keep.learn = learn = SimpleNamespace(evaluated=model, recorder=SimpleNamespace(rows=[]), side=None)
+    keep.learn = learn = SimpleNamespace(model=model, recorder=SimpleNamespace(rows=[]))
     scores = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)]
     for epoch, (acc, loss) in enumerate(scores, 1):
         torch.nn.init.constant_(model.weight, epoch)
@@ -226,7 +226,7 @@ def test_bf16_trains_on_a_cpu_and_float32_evaluates(make):
     learn.fit(2, 0.05)
     assert set(kinds) == {torch.bfloat16} and next(learn.model.parameters()).dtype == torch.float32
     kinds.clear()
-    learn.loss_and_accuracy(learn.dls.test, float32=True)
+    logits_of(learn, learn.dls.test)
     assert set(kinds) == {torch.float32}
     assert learn.recorder.rows[1]["train_loss"] < learn.recorder.rows[0]["train_loss"]
 
@@ -287,9 +287,9 @@ def test_large_tensors_lie_in_huge_pages():
 def test_label_smoothing_is_of_the_training_loss_alone(make):
     config, learn = make("--label-smoothing", 0.2)
     assert learn.loss_func.func.label_smoothing == 0.2
-    z, y = zip(*[(z, y) for _, z, y in learn.logits(learn.dls.valid)])
-    assert learn.validate()[0] == pytest.approx(F.cross_entropy(torch.cat(z), torch.cat(y)).item(), rel=1e-5)
-    at_first = learn.probe().model.train()  # with a rate of 0 all of the epoch is trained on the first weights
+    z, y = logits_of(learn, learn.dls.valid)
+    assert learn.validate()[0] == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
+    at_first = learn.twin().model.train()  # with a rate of 0 all of the epoch is trained on the first weights
     batches = [[t.as_subclass(torch.Tensor) for t in b] for b in learn.dls.train.new()]
     losses = [F.cross_entropy(at_first(x), y, reduction="sum", label_smoothing=0.2) for x, y in batches]
     learn.fit(1, 0.0)

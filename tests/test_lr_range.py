@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from fastai.callback.schedule import steep
 from torch_lr_finder import LRFinder
 
 from lib.cli import BadInput
 from lib.models import networks
 from lib.train import lr_range, schedules
+from lib.train.optimizers import undecayed
 from tests.conftest import fingerprint, state_of
 from train_fastai import main
 
@@ -20,6 +22,14 @@ class Batches(torch.utils.data.IterableDataset):
         return iter(self.batches)
 
 
+def sgd(model, lr):
+    """torch's SGD with the default's weight decay."""
+    spared = undecayed(model)
+    ids = {id(p) for p in spared}
+    groups = [dict(params=[p for p in model.parameters() if id(p) not in ids], weight_decay=5e-4)]
+    return torch.optim.SGD([*groups, dict(params=spared, weight_decay=0.0)], lr, 0.9)
+
+
 def test_raw_losses_are_pytorch_lr_finders(make):
     """Same model, batches and rates: raw losses agree to 1e-4, over more than one pass."""
     _, learn = make("-b", 8)
@@ -27,10 +37,9 @@ def test_raw_losses_are_pytorch_lr_finders(make):
     for epoch in range(3):
         batches += Batches(learn.dls.train.new(epoch=epoch)).batches
     assert len(learn.dls.train) < n <= len(batches)
-    found = learn.lr_find(1e-4, 1, n, stop_div=False)
-    model = learn.probe().model
-    optimizer = torch.optim.SGD(learn.splitter(model)[0], lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    optimizer.add_param_group(dict(params=learn.splitter(model)[1], weight_decay=0.0))
+    found = lr_range.find(learn, 1e-4, 1, n, stop_div=False)
+    model = learn.twin().model
+    optimizer = sgd(model, 1e-4)
     finder = LRFinder(model, optimizer, torch.nn.CrossEntropyLoss(), "cpu")
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     finder.range_test(loader, end_lr=1, num_iter=n, smooth_f=0, diverge_th=1e9)
@@ -44,9 +53,8 @@ def test_linear_rates_and_valid_losses_are_pytorch_lr_finders(make):
     batches, valid = Batches(learn.dls.train).batches, Batches(learn.dls.valid).batches[:1]
     learn.dls.train.epoch = 0
     n = len(batches)
-    model = learn.probe().model
-    optimizer = torch.optim.SGD(learn.splitter(model)[0], lr=1e-3, momentum=0.9, weight_decay=5e-4)
-    optimizer.add_param_group(dict(params=learn.splitter(model)[1], weight_decay=0.0))
+    model = learn.twin().model
+    optimizer = sgd(model, 1e-3)
     lrs, losses, _ = lr_range.run(learn, np.linspace(1e-3, 0.1, n), stop_div=False, on_valid=True)
     finder = LRFinder(model, optimizer, torch.nn.CrossEntropyLoss(), "cpu")
     loaders = [torch.utils.data.DataLoader(b, batch_size=None) for b in (batches, valid)]
@@ -67,7 +75,7 @@ def test_it_leaves_no_trace(make, options):
     _, learn = make()
     learn.fit(1, 0.1)  # so that there is an optimizer state, and a record
     before = state_of(learn)
-    learn.lr_find(num_it=30, **options)
+    lr_range.find(learn, num_it=30, **options)
     assert state_of(learn) == before
 
 
@@ -84,14 +92,14 @@ def test_interrupted_it_leaves_no_trace(make, monkeypatch):
 
     monkeypatch.setattr(dl, "do_batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        learn.lr_find(num_it=30)
+        lr_range.find(learn, num_it=30)
     monkeypatch.undo()
     assert state_of(learn) == before
 
 
 def test_a_run_that_finds_x_equals_a_run_with_x(make):
     config, found = make()
-    lr = found.lr_find().steep
+    lr = found.lr_find(1e-5, suggest_funcs=steep, show_plot=False).steep
     schedules.fit(found, config, lr)
     _, told = make()
     schedules.fit(told, config, lr)
@@ -116,7 +124,7 @@ def test_the_steepest_point_is_where_it_is():
     lrs, losses = curve(FALLING)
     smooth = lr_range.smoothed(losses, 100 * lr_range.SMOOTHING)
     lr_range.check_fall(losses, smooth)
-    found = lr_range.suggest(lrs, smooth, 100)
+    found = lr_range.RangeTest(lrs, losses, smooth, 1, 100).suggestions
     assert 5e-3 < found["steep"] < 2e-2
     assert 0.005 < found["minimum"] < 0.06  # a tenth of where the loss is least
     assert set(found) == {"valley", "steep", "minimum", "slide"} and all(1e-5 <= lr <= 10 for lr in found.values())

@@ -11,7 +11,8 @@ from train_fastai import main
 
 
 @pytest.mark.parametrize(
-    "name, size, side", [("resnet18", 32, 4), ("resnet18", 224, 7), ("mobilenet_v3_small", 128, 4)]
+    "name, size, side",
+    [("resnet18", 32, 4), ("resnet18", 224, 7), ("mobilenet_v3_small", 128, 4), ("densenet121", 32, 4)],
 )
 def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
     model, shapes = zoo.build(name, 3), []
@@ -81,7 +82,7 @@ def images_of_edges(n=64, side=16):
 def test_the_first_convolution_whitens(name):
     images = images_of_edges()
     conv = zoo.build(name, 4, images=images).stem[0]
-    assert not conv.weight.requires_grad and not conv.bias.any()
+    assert "weight" in dict(conv.named_buffers()) and not conv.bias.any()
     out = conv(images).double().movedim(1, 3).flatten(0, 2)
     half = out.shape[1] // 2
     assert torch.allclose(out[:, half:], -out[:, :half], atol=1e-5)
@@ -116,6 +117,30 @@ def test_training_leaves_the_whitening_as_it_is_and_its_bias_after_three_epochs(
     biases.append((conv.bias.detach(), None))
     assert [not torch.equal(a, b) for (a, _), (b, _) in pairwise(biases)] == [True] * 3 + [False] * 2
     assert [learns for _, learns in biases[:-1]] == [True] * 3 + [False] * 2  # no gradient, no time
+
+
+def test_a_whitened_network_is_rebuilt_by_one_that_is_not():
+    images = images_of_edges()
+    model = zoo.build("small", 4, images=images).eval()
+    again = zoo.build("small", 4)
+    assert again.state_dict().keys() == model.state_dict().keys() and "stem.0.weight" in model.state_dict()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(images), model(images))
+    assert model.early == [model.stem[0].bias] and again.early == []
+    names = [name for name, _ in model.named_parameters()]
+    assert "stem.0.weight" not in names and "stem.0.bias" in names
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18", "densenet121", "squeezenet1_1"])
+def test_the_layer_groups_are_body_and_head(name):
+    model = zoo.build(name, 3, images=images_of_edges() if name == "small" else None)
+    body, last = zoo.split(model)
+    assert [len(p) for p in last] == [3, 3] and {id(p) for p in last} == {id(p) for p in zoo.head(model).parameters()}
+    assert [id(p) for p in body + last] == [id(p) for p in model.parameters()]
+    assert [len(group) for group in zoo.split(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)))] == [2]
+    tied = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    tied[0].weight = tied[1].weight
+    assert [len(group) for group in zoo.split(tied)] == [1, 2]
 
 
 def test_without_images_the_first_convolution_learns():

@@ -8,12 +8,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lib.data import folders, sources
-from tests.conftest import state_of
+from tests.conftest import logits_of, state_of
 
 NOTEBOOK = Path(__file__).parent.parent / "docs/notebook.ipynb"
 
@@ -68,24 +67,16 @@ def test_fastais_own_looks_show_our_images_and_change_nothing(make):
     for ax, i in zip(axes, dls.valid.ids):
         assert np.abs(np.asarray(ax.images[0].get_array()).astype(int) - dls.store[i]).max() <= 1
     learn.show_results(max_n=6, shuffle=False)
-    z = torch.cat([z for _, z, _ in learn.logits(dls.valid)])
+    z, _ = logits_of(learn, dls.valid)
     expected = [f"{dls.vocab[y]}\n{dls.vocab[k]}" for y, k in zip(dls.valid.labels, z.argmax(1))]
     assert [ax.get_title() for ax in pyplot.gcf().axes] == expected[:6]
     interp = ClassificationInterpretation.from_learner(learn, dl=dls.test)
     interp.plot_top_losses(3)
-    worst = max(-z.log_softmax(1)[range(len(y)), y].min().item() for _, z, y in learn.logits(dls.test))
+    z, y = logits_of(learn, dls.test)
+    worst = -z.log_softmax(1)[range(len(y)), y].min().item()
     assert f" {worst:.2f} " in pyplot.gcf().axes[0].get_title()
     interp.plot_confusion_matrix()
-    z, y = (torch.cat(parts) for parts in zip(*[(z, y) for _, z, y in learn.logits(dls.test)]))
     assert interp.confusion_matrix().trace() == (z.argmax(1) == y).sum() and len(pyplot.gcf().axes[0].texts) == 16
     assert sum(n for _, _, n in interp.most_confused()) == (z.argmax(1) != y).sum()
     assert state_of(learn) == before
     assert "Total params" in str(learn.summary())
-
-
-def test_fastais_freeze_which_would_freeze_other_layers_is_refused(make):
-    _, learn = make()
-    for call in (learn.freeze, lambda: learn.fine_tune(1), lambda: learn.freeze_to(1)):
-        with pytest.raises(NotImplementedError, match="Hold"):
-            call()
-    learn.unfreeze()

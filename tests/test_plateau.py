@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lib import config as configs
 from lib.train import schedules
 from lib.train.plateau import Plateau, ReduceLROnPlateau
-from lib.train.recorder import Progress
+from lib.train.progress import EpochLines
 from lib.train.schedules import Hypers
 
 numbers = st.floats(-10, 10).map(lambda x: round(x, 2))  # coarse, so that ties and near misses happen
@@ -103,7 +103,7 @@ def test_trace_without_values_never_reduces():
 
 def test_a_fit_has_the_rates_of_its_trace(make, capsys):
     config, learn = make("--epochs", 6, "--patience-epochs", 0, "--lr", 0.3, "--factor", 0.5)
-    learn.add_cb(Progress())
+    learn.add_cb(EpochLines())
     schedules.fit(learn, config, config.lr)
     rows = learn.recorder.rows
     trace = schedules.trace(config, len(learn.dls.train), [row["valid_loss"] for row in rows])

@@ -20,6 +20,7 @@ from lib import config as settings
 from lib import export, predict
 from lib.cli import BadInput
 from lib.data import loader
+from lib.data.decode import centre, read
 from lib.explain import evaluate
 from lib.train import learner
 from tests.conftest import picture, save
@@ -86,7 +87,7 @@ def test_predictions_are_those_of_evaluation(trained, evaluated, capsys):
 def test_tta_looks_at_mirror_images_too(trained, evaluated, capsys, tmp_path):
     run, root = trained
     paths, targets, p = evaluated
-    pixels = [predict.as_seen(path, 32) for path in paths]
+    pixels = [centre(read(path, 32), 32) for path in paths]
     turned = predict.load(run, "cpu")([image[:, ::-1] for image in pixels])[1]
     both = np.sqrt(p * turned)  # the mean of logits
     found = predict.load(run, "cpu", tta=True)(paths)[1]
@@ -110,9 +111,8 @@ def test_batches_and_threads_change_nothing(trained, monkeypatch):
     use, files = predict.load(run, "cpu"), predict.find([root])
     assert len(files) == 72
     all_at_once = use(files)[1]
-    for batch, task in ((5, 2), (1, 16), (72, 1)):
+    for batch in (5, 1, 72):
         monkeypatch.setattr(predict, "batch_size", lambda size, batch=batch: batch)
-        monkeypatch.setattr(predict, "TASK", task)
         assert np.abs(use(iter(files))[1] - all_at_once).max() < 1e-6
 
 
@@ -282,7 +282,7 @@ def test_onnx_gives_torchs_probabilities(trained, evaluated, capsys):
     assert "within" in capsys.readouterr().out
     session = runtime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
     for n in (1, len(paths)):
-        images = np.stack([predict.as_seen(path, 32) for path in paths[:n]])
+        images = np.stack([centre(read(path, 32), 32) for path in paths[:n]])
         assert np.abs(session.run(None, {"images": images})[0] - p[:n]).max() < 1e-5
     notes = session.get_modelmeta().custom_metadata_map
     assert json.loads(notes["classes"]) == predict.load(run).classes and "shorter side" in notes["resize"]

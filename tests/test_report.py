@@ -22,7 +22,7 @@ from lib import compare, config, report, runs
 from lib.config import Config
 from lib.explain import evaluate
 from lib.runs import write_csv, write_table
-from lib.train import recorder
+from lib.train import progress, recorder
 from tests.browser import CHROMIUM, Browser
 from train_fastai import main
 
@@ -300,12 +300,12 @@ def test_the_bar_shows_loss_accuracy_rate_and_time_left(make, monkeypatch):
     class Terminal(io.StringIO):
         isatty = lambda self: True
 
-    _, learn = make(cbs=[recorder.Progress()])
+    _, learn = make(cbs=[progress.EpochLines()])
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(recorder, "CHECK_EVERY", 2)
-    bar = recorder.tqdm
-    monkeypatch.setattr(recorder, "tqdm", lambda **kwargs: bar(**{**kwargs, "mininterval": 0}))
-    monkeypatch.setattr(recorder.tqdm, "format_interval", bar.format_interval, raising=False)
+    bar = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda **kwargs: bar(**{**kwargs, "mininterval": 0}))
+    monkeypatch.setattr(progress.tqdm, "format_interval", bar.format_interval, raising=False)
     learn.fit(2, 0.02)
     text = sys.stderr.getvalue()
     assert re.search(r"epoch 2/2: .*acc=[01]\.\d{3}, left=00:0\d, loss=\d\.\d{3}, lr=0.02", text), text[-500:]

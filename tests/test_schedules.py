@@ -10,8 +10,7 @@ from torch.optim import lr_scheduler
 from lib import config
 from lib.cli import BadInput
 from lib.config import Config
-from lib.data import augment
-from lib.train import checkpoint, lecture, optimizers, plateau, recorder, schedules
+from lib.train import checkpoint, lecture, optimizers, plateau, progress, schedules
 from train_fastai import main
 
 STEPS = 7
@@ -134,7 +133,7 @@ def test_warm_up_leaves_the_owner_its_rate(make):
 def test_the_batch_grows_where_the_rate_would_shrink(make, capsys):
     settings = "--epochs 5 --lr 0.1 -b 10 --patience-epochs 0 --threshold 9 --threshold-mode abs --factor 0.5".split()
     c, learn = make(*settings, "--schedule", "grow_batch", "--max-batch-size", 30)
-    learn.add_cb(recorder.Progress())
+    learn.add_cb(progress.EpochLines())
     schedules.fit(learn, c, 0.1)
     rows = learn.recorder.rows
     assert [row["batch_size"] for row in rows] == [10, 10, 20, 30, 30]
@@ -179,7 +178,9 @@ def test_optimizers_are_torchs(name, make):
         adagrad=lambda p: torch.optim.Adagrad(p, 0.01),
         adam=lambda p: torch.optim.Adam(p, 0.01, betas=(0.8, 0.999)),
     )
-    decayed, spared = optimizers.decay_split(twin.model)
+    spared = {id(p) for p in optimizers.undecayed(twin.model)}
+    decayed = [p for p in twin.model.parameters() if id(p) not in spared]
+    spared = optimizers.undecayed(twin.model)
     opt = torchs[name]([{"params": decayed, "weight_decay": 5e-4}, {"params": spared, "weight_decay": 0}])
     twin.model.train()
     for x, y in learn.dls.train:
@@ -282,7 +283,7 @@ def test_accumulated_batches_step_with_the_mean_of_their_losses(accumulate, make
 
 def test_balanced_batches_of_a_thousand_classes():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(1000), 4))
-    found = labels[augment.balanced_order(3, 1, labels)].reshape(-1, 250)
+    found = labels[lecture.balanced_order(3, 1, labels)].reshape(-1, 250)
     for i in range(len(found) - 3):
         assert len(set(found[i : i + 4].ravel())) == 1000
 
@@ -290,13 +291,13 @@ def test_balanced_batches_of_a_thousand_classes():
 def test_balanced_batches_have_the_datas_proportions():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [600, 250, 50]))
     for epoch in range(3):
-        found = augment.balanced_order(0, epoch, labels)
+        found = lecture.balanced_order(0, epoch, labels)
         assert sorted(found) == list(range(900))
         for at in range(0, 900, 90):
             counts = np.bincount(labels[found[at : at + 90]], minlength=3)
             assert (abs(counts - [60, 25, 5]) <= 2).all()
-    assert (augment.balanced_order(0, 0, labels) != augment.balanced_order(0, 1, labels)).any()
-    assert (augment.balanced_order(0, 0, labels) == augment.balanced_order(0, 0, labels)).all()
+    assert (lecture.balanced_order(0, 0, labels) != lecture.balanced_order(0, 1, labels)).any()
+    assert (lecture.balanced_order(0, 0, labels) == lecture.balanced_order(0, 0, labels)).all()
 
 
 def test_the_loader_takes_balanced_batches(make):
@@ -306,7 +307,7 @@ def test_the_loader_takes_balanced_batches(make):
     assert all(max(counts) - min(counts) <= 2 for counts in seen[:-1])
     plain = make("-b", 8)[1].dls.train
     assert any(max(counts) - min(counts) > 2 for counts in [np.bincount(y, minlength=4) for _, y in plain])
-    assert dl.new().balanced
+    assert dl.new().order is lecture.balanced_order
 
 
 RUN = "--size 32 --model small --epochs 3 --lr 0.02 -b 16 --gallery 0".split()
@@ -325,7 +326,7 @@ RUN = "--size 32 --model small --epochs 3 --lr 0.02 -b 16 --gallery 0".split()
 def test_a_run_with_everything_goes_on_where_it_was_cut(more, bands, tmp_path, monkeypatch):
     argv = ["--data", str(bands), "--out", str(tmp_path), *RUN, *more.split()]
     assert main([*argv, "--name", "whole"]) == 0
-    after_epoch = recorder.Progress.after_epoch
+    after_epoch = progress.EpochLines.after_epoch
 
     def stop(self):
         after_epoch(self)
@@ -333,7 +334,7 @@ def test_a_run_with_everything_goes_on_where_it_was_cut(more, bands, tmp_path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(recorder.Progress, "after_epoch", stop)
+        m.setattr(progress.EpochLines, "after_epoch", stop)
         assert main([*argv, "--name", "cut"]) == 130
     assert main(["--resume", str(tmp_path / "cut")]) == 0
     states = [checkpoint.load(tmp_path / name / "weights/last.pt") for name in ("whole", "cut")]

@@ -50,25 +50,27 @@ def test_a_fit_that_ends_on_small_images_is_evaluated_on_whole_ones(make, seen):
 
 def test_without_them_images_are_untouched(make, seen):
     _, learn = make()
-    x = torch.randn(2, 3, 32, 32)
-    assert learn.side is None and learn.resized(x) is x
+    assert not any(isinstance(cb, averaging.SmallImages) for cb in learn.cbs)
+    learn.fit(1, 0.05)
+    assert {side for _, side in seen} == {32}
 
 
 def test_images_shrink_as_pillow_shrinks_them(make):
     _, learn = make("--small-epochs", 1)
     x = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
-    out = learn.resized(torch.from_numpy(x)).numpy()
+    learn.xb, learn.small_images.active = (torch.from_numpy(x),), True
+    learn.small_images.before_batch()
+    out = learn.xb[0].numpy()
     bilinear = Image.Resampling.BILINEAR
     for i, c in np.ndindex(4, 3):
         assert np.allclose(out[i, c], Image.fromarray(x[i, c]).resize((24, 24), bilinear), atol=1e-4)
 
 
 def test_weights_of_whole_images_are_kept_before_any_of_small_ones():
-    keep, rows = averaging.KeepBest(), []
-    keep.learn = learn = SimpleNamespace(evaluated=torch.nn.Linear(1, 1), recorder=SimpleNamespace(rows=rows))
+    keep, rows = averaging.KeepBest(small_epochs=3), []
+    keep.learn = SimpleNamespace(model=torch.nn.Linear(1, 1), recorder=SimpleNamespace(rows=rows))
     kept = []
-    for epoch, (side, acc) in enumerate([(24, 0.5), (24, 0.9), (24, 0.8), (None, 0.6), (None, 0.7), (None, 0.65)], 1):
-        learn.side = side
+    for epoch, acc in enumerate([0.5, 0.9, 0.8, 0.6, 0.7, 0.65], 1):
         rows.append(dict(epoch=epoch, valid_acc=acc, valid_loss=1.0))
         keep.after_epoch()
         kept.append(keep.epoch_number)

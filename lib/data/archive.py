@@ -12,15 +12,10 @@ from lib.data.folders import enter
 from lib.runs import whole_folder
 
 MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
-
-
 MAX_UNPACKED = 500_000_000_000  # bytes
-
-
 MAX_RATIO, SMALL = 100, 1 << 20  # an archive becomes at most so many times its size, or SMALL bytes
-
-
 MAX_HEADER = 1 << 22  # bytes of an archive that are read at once: tarfile reads long names whole
+SPECIAL = "is no plain file or folder"
 
 
 def unpack(archive, folder):
@@ -30,47 +25,42 @@ def unpack(archive, folder):
     """
     with whole_folder(folder, enter) as part:
         most = min(max(MAX_RATIO * archive.stat().st_size, SMALL), MAX_UNPACKED, shutil.disk_usage(part).free)
-        total, made = 0, set()
+        total = 0
         try:
-            for number, (name, size, fault, source) in enumerate(members(archive), 1):
+            for number, (name, size, fault, opener) in enumerate(members(archive), 1):
                 total += size + 512  # a name is not free either
                 where = PurePosixPath(name.replace("\\", "/"))
                 target = part / where
                 fault = fault or fault_of(where, number, total, most)
-                if fault or (source and target.exists()):
+                if fault or (opener and target.exists()):
                     fault = fault or "is there twice"
                     raise BadInput(f"--data {archive}: member {name!r} {fault}; the whole archive is refused")
-                above = target.parent if source else target
-                if above not in made:
-                    above.mkdir(parents=True, exist_ok=True)
-                    made.add(above)
-                if source:
-                    with source() as found, open(target, "xb") as f:
-                        copy(found, f, size)
+                (target.parent if opener else target).mkdir(parents=True, exist_ok=True)
+                if opener:
+                    with opener() as source, open(target, "xb") as file:
+                        copy(source, file, size)
         except BadInput:
             raise
-        except Exception as e:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
-            raise BadInput(
-                f"--data {archive}: cannot be unpacked ({one_line(e)}); is the file whole, and the disk not full?"
-            ) from None
+        except Exception as error:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
+            text = f"cannot be unpacked ({one_line(error)}); is the file whole, and the disk not full?"
+            raise BadInput(f"--data {archive}: {text}") from None
 
 
 def members(archive):
     """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
-    special = "is no plain file or folder"
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
             for m in z.infolist():
                 plain = (m.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
-                fault = "is encrypted" if m.flag_bits & 1 else "" if plain else special
+                fault = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL
                 yield m.filename, m.file_size, fault, None if m.is_dir() else partial(z.open, m)
         return
-    with open(archive, "rb") as f:
-        opener = BoundedGzip if f.read(2) == b"\x1f\x8b" else open
-    with opener(archive, "rb") as f, tarfile.open(fileobj=f, mode="r:") as t:
+    with open(archive, "rb") as file:
+        opener = BoundedGzip if file.read(2) == b"\x1f\x8b" else open
+    with opener(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as t:
         for m in t:
-            fault = "" if m.isdir() or (m.isreg() and not m.issparse()) else special
-            yield m.name, m.size, fault, None if m.isdir() else partial(t.extractfile, m)
+            plain = m.isdir() or (m.isreg() and not m.issparse())
+            yield m.name, m.size, "" if plain else SPECIAL, None if m.isdir() else partial(t.extractfile, m)
 
 
 class BoundedGzip(gzip.GzipFile):

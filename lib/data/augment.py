@@ -1,15 +1,27 @@
 """Augmentation: albumentations transforms whose randomness is a function of (seed, epoch, image)."""
 
+import copy
+import io
+import json
 import os
 import random
+import warnings
+from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 
 import albumentations as A
 import cv2
 import numpy as np
+import yaml
+from albumentations.core.serialization import SERIALIZABLE_REGISTRY, shorten_class_name
 from fastai.vision.core import PILImage
 from fasttransform import Transform
+
+from lib.cli import BadInput, one_line
+from lib.data.decode import centre
+
+MAX_CHARACTERS, MAX_TRANSFORMS = 100_000, 100  # of a file that --augment names
 
 
 class Cutout(A.ImageOnlyTransform):
@@ -80,6 +92,9 @@ class AlternatingFlip(A.ImageOnlyTransform):
 
     turned = False  # set by AlbumentationsTransform, which knows epoch and image
 
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        pass
+
     def __init__(self, p=1.0):
         super().__init__(p=p)
 
@@ -95,9 +110,10 @@ LEAN = (CropFromPadding, AlternatingFlip, Cutout)
 class AlbumentationsTransform(Transform):
     """An albumentations pipeline as a fastai item transform for training images.
 
-    What it does to an image is a function of (seed, epoch, index): both generators that albumentations draws from are
-    set from these three before each image, so that epochs differ, and workers, ranks and resumed runs agree. The numpy
-    one is counter-based (Philox: Salmon et al., SC 2011), so setting it costs a few microseconds.
+    `apply` is a function of (seed, epoch, index): both generators that albumentations draws from are set from these
+    three before each image, so that epochs differ, and workers, ranks and resumed runs agree. The numpy one is
+    counter-based (Philox: Salmon et al., SC 2011), so setting it costs a few microseconds. A loader that knows epoch
+    and index says them in `position`; in any other one each call draws anew, from Python's `random`.
     """
 
     split_idx = 0  # training images only
@@ -106,16 +122,21 @@ class AlbumentationsTransform(Transform):
         self,
         transforms,  # albumentations transforms, in order
         seed=0,  # whole number of at least 0
+        size=None,  # side of the images that come out, cropped at the centre, in pixels; None: as the pipeline has it
     ):
         super().__init__()
-        cv2.setNumThreads(0)
-        self.compose, self.seed = A.Compose(transforms, strict=True), seed
+        self.compose, self.seed, self.size = A.Compose(copy.deepcopy(list(transforms)), strict=True), seed, size
+        self.position = None  # (epoch, index) of the next image
         self.lean = all(type(t) in LEAN for t in self.compose.transforms)
-        self.flips = [t for t in self.compose.transforms if isinstance(t, AlternatingFlip)]
+        self.flips = [t for t in leaves(self.compose) if isinstance(t, AlternatingFlip)]
 
     def apply(self, image, epoch, index):
-        """`image`, (h, w, 3) uint8, as epoch `epoch` sees the image numbered `index`."""
+        """`image`, (h, w, 3) uint8, as epoch `epoch` sees the image numbered `index`.
+
+        Raises BadInput where the pipeline gives no such image of at least `size` pixels.
+        """
         if not hasattr(self, "_philox"):  # made where it is used: a worker process makes its own
+            cv2.setNumThreads(0)
             self._philox, self._py_random = np.random.Philox(key=self.seed), random.Random()
             self._state = self._philox.state
             self.compose.set_random_state(np.random.Generator(self._philox), self._py_random)
@@ -124,49 +145,117 @@ class AlbumentationsTransform(Transform):
             chance.seed((1 << 128) | (self.seed << 96) | index)  # no epoch has these draws
             flip.turned = (chance.random() < 0.5) == bool(epoch % 2)
         chance.seed((self.seed << 96) | (epoch << 64) | index)
-        if not self.lean:
+        if self.lean:
+            chance.random()  # as Compose does, for its own probability
+            for t in self.compose.transforms:
+                if t.p >= 1 or chance.random() < t.p:
+                    image = t.apply(image, **t.get_params_dependent_on_data({"shape": image.shape}, None))
+        else:
             self._state["state"]["counter"][:] = (0, index, epoch, 0)
             self._philox.state = self._state
-            return self.compose(image=image)["image"]
-        chance.random()  # as Compose does, for its own probability
-        for t in self.compose.transforms:
-            if t.p >= 1 or chance.random() < t.p:
-                image = t.apply(image, **t.get_params_dependent_on_data({"shape": image.shape}, None))
-        return image
+            image = self.compose(image=image)["image"]
+        fits = self.size is None or self.lean and image.shape[:2] == (self.size, self.size)
+        return image if fits else self.cropped(image)
+
+    def cropped(self, image):
+        shape, kind = getattr(image, "shape", ()), getattr(image, "dtype", type(image))
+        if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape[:2]) < self.size:
+            needed = f"uint8 (h, w, 3) of at least {self.size} pixels"
+            raise BadInput(f"--augment: its pipeline gives an image {kind} {tuple(shape)}, not {needed}; change it")
+        return centre(image, self.size)
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("_philox", "_py_random", "_state")}
 
     def encodes(self, x: PILImage):
-        """The per-item path of a plain fastai loader, which knows neither epoch nor index: epoch 0, image 0."""
-        return type(x).create(self.apply(np.asarray(x), 0, 0))
+        epoch, index = self.position or (random.getrandbits(32), random.getrandbits(32))
+        self.position = None
+        return type(x).create(self.apply(np.asarray(x), epoch, index))
 
 
-def order(seed, epoch, n):
-    """The order of `n` images in an epoch, (n,) int64: a function of (seed, epoch)."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 1])).permutation(n)
+def leaves(compose):
+    """The transforms of a pipeline and of those in it."""
+    for t in compose.transforms:
+        yield from leaves(t) if isinstance(t, A.BaseCompose) else [t]
 
 
-def train_transforms(config, size, fill):
-    """The training augmentation of `config` for images of `size` pixels; `fill` is their mean colour, 0..255."""
+def shuffled(seed, epoch, labels):
+    """The order of the images, a label each, in an epoch, (n,) int64: a function of (seed, epoch)."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 1])).permutation(len(labels))
+
+
+def pipeline(config, size, fill):
+    """The transforms of `--augment` for images of `size` pixels; `fill` is their mean colour, 0..255.
+
+    Raises BadInput where it names a file that cannot be used.
+    """
     scaled = lambda pixels: round(pixels * size / 32)
-    transforms = [CropFromPadding(size, scaled(config.crop_padding))]
-    if config.flip:
-        transforms.append(AlternatingFlip())
-    if config.cutout:
-        transforms.append(Cutout(max(scaled(config.cutout), 1), tuple(fill)))
+    flip = [AlternatingFlip()] if config.flip else []
+    cutout = [Cutout(max(scaled(config.cutout), 1), tuple(fill))] if config.cutout else []
+    if config.augment == "standard":
+        return [CropFromPadding(size, scaled(config.crop_padding)), *flip, *cutout]
+    if config.augment == "photo":
+        crop, mild = A.RandomResizedCrop((size, size), scale=(0.35, 1.0)), (0.8, 1.2)
+        return [crop, *flip, A.ColorJitter(mild, mild, mild, hue=(-0.02, 0.02), p=0.8), *cutout]
+    return [] if config.augment == "none" else from_file(Path(config.augment).expanduser(), size)
+
+
+def saved(transform):
+    """The pipeline of an AlbumentationsTransform as YAML, which `--augment` reads."""
+    text = io.StringIO()
+    A.save(transform.compose, text, "yaml")
+    return text.getvalue()
+
+
+def from_file(path, size):
+    """The transforms in a file that `A.save` wrote, YAML or JSON, tried on an image of `size` pixels.
+
+    No code but albumentations' and this module's is run. Raises BadInput naming the file, and the transform at fault.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS or text.count("__class_fullname__") > MAX_TRANSFORMS:
+            raise ValueError(f"more than {MAX_CHARACTERS:,} characters or {MAX_TRANSFORMS} transforms")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong raises
+            top = build(parse(text)["transform"])
+            transforms = top.transforms if type(top) is A.Compose and top.p >= 1 else [top]
+            trial = AlbumentationsTransform(transforms, size=size)
+            saved(trial)  # raises for those that read further files
+            for i in range(8):
+                trial.apply(np.full((size, size, 3), 128, np.uint8), 0, i)
+    except BadInput as error:
+        raise BadInput(f"--augment {path}: {error.text.removeprefix('--augment: ')}") from None
+    except Exception as error:  # PyYAML, json and albumentations each raise their own
+        text = f"cannot be used ({one_line(error)[:500]}); pass standard, photo, none, or a file that A.save wrote"
+        raise BadInput(f"--augment {path}: {text}") from None
     return transforms
 
 
-def balanced_order(seed, epoch, labels):
-    """An order in which any run of images has the classes in the data's proportions, as closely as can be: (n,) int64.
+def parse(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases, which A.save does not write") from None
+        return yaml.safe_load(text)
 
-    Image of rank r (in `order`) among the n_c of its class c comes at (r + u_c) / n_c, u_c uniform per epoch and class.
-    """
-    labels = np.asarray(labels)
-    at, shuffled = np.empty(len(labels)), order(seed, epoch, len(labels))
-    starts = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 2]))
-    for c in range(labels.max() + 1):
-        own = shuffled[labels[shuffled] == c]
-        at[own] = (np.arange(len(own)) + starts.random()) / max(len(own), 1)
-    return np.argsort(at, kind="stable")
+
+def build(node):
+    """The transform that a node of the file describes. Those in it are built first, so that errors name the inmost."""
+    name = shorten_class_name(str(node["__class_fullname__"]))
+    cls = SERIALIZABLE_REGISTRY.get(name, object)
+    ours = cls in LEAN or cls.__module__.startswith("albumentations.")
+    if not (ours and issubclass(cls, (A.BasicTransform, A.BaseCompose))):
+        raise BadInput(f"{name} is no transform of albumentations that a file can hold; remove it")
+    for child in node.get("transforms", ()):
+        build(child)
+    try:
+        strict = {"strict": True} if issubclass(cls, A.BasicTransform) and "InitSchema" in vars(cls) else {}
+        transform = A.from_dict({"transform": {**node, **strict}})
+        if lost := node.keys() - transform.to_dict_private().keys():
+            raise ValueError(f"A.save does not keep {', '.join(lost)}")
+        return transform
+    except Exception as error:  # pydantic's, and what constructors raise
+        raise BadInput(f"{name}: wrong arguments ({one_line(error)[:500]}); correct them") from None

@@ -1,22 +1,27 @@
-"""Loaders that make whole batches, and the DataLoaders of a run."""
+"""Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
 import os
 import random
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import _loaders
-from fastai.data.transforms import Normalize
-from fastai.torch_core import TensorCategory, TensorImage
-from fastai.vision.data import ImageBlock
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
+from fastai.torch_core import TensorCategory, TensorImage, to_device
+from fastai.vision.core import PILImage
+from fastcore.foundation import L
+from fasttransform import Transform
 
 from lib.cli import BadInput, one_line
 from lib.config import AUXILIARY, MODELS
-from lib.data.augment import AlbumentationsTransform, balanced_order, order, train_transforms
-from lib.data.decode import batch_size, centre, decode
+from lib.data import decode
+from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
+from lib.data.decode import batch_size, centre
 from lib.data.folders import find_images, named_folders
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
@@ -24,109 +29,216 @@ from lib.machine import on_this_machine
 from lib.runs import read_card
 
 PLAIN_PIXELS = 2**21  # that say enough of the colours of all
+CARRIED = ("store", "seed", "epoch", "order", "item_tfms")  # by `StoreDL.new`
+PER_ITEM = {"create_item", "create_batch", "do_item", "do_batch", "retain"}  # methods that make items into a batch
+
+
+class ReadImage(Transform):
+    """What names an image or is one (path, bytes, PIL image, array, tensor) as a PILImage, shorter side at `size`."""
+
+    input_types = (object,)
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def encodes(self, x: object) -> PILImage:
+        if isinstance(x, torch.Tensor):
+            x = np.asarray(x.permute(1, 2, 0).cpu() if isinstance(x, TensorImage) else x.cpu())
+        return PILImage.create(decode.read(x, self.size))
+
+
+class CentreCrop(Transform):
+    """The central `size` x `size` pixels of a larger image."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def encodes(self, x: PILImage):
+        fits = max(x.size) == self.size or min(x.size) < self.size
+        return x if fits else type(x).create(centre(np.asarray(x), self.size))
+
+
+class Label(Transform):
+    """The class of an image file: the folder below `root`, or below a set's folder in it; elsewhere its own folder."""
+
+    input_types = (object,)
+
+    def __init__(self, root, in_sets):
+        super().__init__()
+        self.root, self.depth = root.parts, len(root.parts) + in_sets
+
+    def encodes(self, path: object) -> str:
+        path = path if isinstance(path, Path) else Path(path)
+        inside = path.parts[: len(self.root)] == self.root and len(path.parts) > self.depth
+        return unicodedata.normalize("NFC", path.parts[self.depth] if inside else path.parent.name)
+
+
+class NormalizeInPlace(Normalize):
+    """fastai's Normalize, the same numbers in a fifth of the time, for batches that the loader has just made.
+
+    For images of `size` pixels, mean and standard deviation have their shape and memory format as well, so that a
+    batch is one run of memory.
+    """
+
+    parameters = L("mean", "std", "mean_image", "std_image")
+
+    def __init__(self, mean, std, size):
+        super().__init__(*(torch.tensor(v, dtype=torch.float32)[None, :, None, None] for v in (mean, std)))
+        full = lambda v: v.expand(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+        self.mean_image, self.std_image = full(self.mean), full(self.std)
+
+    def encodes(self, x: TensorImage):
+        if x.shape[1:] != self.mean_image.shape[1:]:
+            return x.sub_(self.mean).div_(self.std)
+        return x.sub_(self.mean_image).div_(self.std_image)
 
 
 class StoreDL(TfmdDL):
     """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
 
-    The order of a shuffled epoch is a function of (seed, epoch), the augmentation of (seed, epoch, image). `epoch`
-    moves on after each complete pass. Files that are not in the store (`dls.test_dl`) are decoded as they come.
+    It does so where its items are files in the store and its item transforms those that it was made with; else it goes
+    fastai's way, item by item, to the same batches. The order of a shuffled epoch is a function of (seed, epoch), the
+    augmentation of (seed, epoch, image). `epoch` moves on after each complete pass.
     """
 
-    def __init__(self, dataset, store=None, seed=0, epoch=0, balanced=False, **kwargs):
+    def __init__(
+        self,
+        dataset,
+        store=None,  # Store with the pixels of the files in `dataset`; others are decoded as they come
+        seed=0,
+        epoch=0,
+        order=shuffled,  # function of (seed, epoch, labels) that gives the order of a shuffled pass, (n,) int64
+        item_tfms=(),  # AlbumentationsTransform, CentreCrop, ToTensor: those that a whole batch goes without
+        **kwargs,  # as fastai's TfmdDL
+    ):
         state = random.getstate()
         super().__init__(dataset, **kwargs)
         random.setstate(state)  # fastai's loader draws a seed that is not needed here
-        self.store, self.seed, self.epoch, self.balanced = store, seed, epoch, balanced
-        self.rank, self.world = 0, 1  # of several processes, each of which makes its part
+        self.store, self.seed, self.epoch, self.order, self.item_tfms = store, seed, epoch, order, item_tfms
+        self.rank, self.world = 0, 1  # of several processes, each of which makes its part of every batch
         self.skip = 0  # batches that the next pass leaves out at its beginning
-        self.fake_l.generator = torch.Generator()  # else each pass would draw from torch's global state
-        paths = list(dataset.items)
-        self.ids = [store.index.get(p) for p in paths]
-        self.labels = None
-        if len(dataset.tls) > 1:
-            get_y, (categorize, *_) = dataset.tls[1].tfms.fs[0], dataset.tls[1].tfms.fs[1:]
-            self.labels = np.array([categorize.vocab.o2i[get_y(p)] for p in paths], dtype=np.int64)
+        index = store.index if store else {}
+        self.ids = [index.get(p) if isinstance(p, Path) else None for p in getattr(dataset, "items", ())]
+        transforms = [list(tl.tfms.fs) for tl in getattr(dataset, "tls", ())]
+        self.labels = None  # class numbers, (n,) int64, where there are some
+        if [type(t) for t in sum(transforms[1:], [])] == [Label, Categorize]:
+            label, number = transforms[1][0], transforms[1][1].vocab.o2i
+            self.labels = np.array([number.get(label.encodes(p), -1) for p in dataset.items], dtype=np.int64)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        own = {name: getattr(self, name) for name in ("store", "seed", "epoch", "balanced")}
-        return super().new(dataset, cls, **{**own, **kwargs})
+        """As fastai's. A loader of nothing, as `learn.export` has it, has no store."""
+        carried = {name: getattr(self, name) for name in CARRIED if issubclass(cls or StoreDL, StoreDL)}
+        if dataset is not None and not len(dataset):
+            carried.pop("store", None)
+        return super().new(dataset, cls, **{**carried, **kwargs})
 
     def shuffle_fn(self, idxs):
-        if self.balanced:
-            return balanced_order(self.seed, self.epoch, self.labels).tolist()
-        return order(self.seed, self.epoch, len(idxs)).tolist()
+        return self.order(self.seed, self.epoch, idxs if self.labels is None else self.labels).tolist()
 
     def __iter__(self):
-        """As fastai's, but no copy to a GPU is waited for, where batches lie in pinned memory."""
+        """As fastai's, but it draws nothing from global generators, and waits for no copy from pinned memory."""
         self.before_iter()
         skip, self.skip = self.skip, 0
-        self.idxs = self.get_idxs()[skip * self.bs :]
-        if self.world > 1 and not self.shuffle:  # whole batches; of those of training, each rank makes its slice
-            self.idxs = [i for at, i in enumerate(self.idxs) if at // self.bs % self.world == self.rank]
-        device, kinds = self.device or "cpu", (TensorImage, TensorCategory)
-        for batch in _loaders[self.fake_l.num_workers == 0](self.fake_l):
-            batch = [kind(t.to(device, non_blocking=self.pin_memory)) for kind, t in zip(kinds, batch)]
-            yield self.after_batch(tuple(batch))
+        self.idxs = self.get_idxs()
+        if skip:
+            self.idxs = self.idxs[skip * self.bs :]
+        with torch.random.fork_rng([]):  # worker processes are seeded from it
+            torch.default_generator.manual_seed(self.seed * 2**32 + self.epoch)
+            batches = iter(_loaders[self.fake_l.num_workers == 0](self.fake_l))
+        for batch in batches:
+            batch = tuple(batch) if type(batch) is list else batch  # as pinned memory has it
+            if self.device is not None:
+                batch = to_device(batch, self.device, non_blocking=self.pin_memory)
+            yield self.after_batch(batch)
         self.after_iter()
+        self.epoch += self.shuffle
 
     def sample(self):
-        return (i for at, i in enumerate(self.idxs) if at // self.bs % self.num_workers == self.offs)
+        size, workers, worker = self.bs or 1, self.num_workers, self.offs
+        return (i for position, i in enumerate(self.idxs) if position // size % workers == worker)
 
-    def after_iter(self):
-        if self.shuffle:
-            self.epoch += 1
-
-    def do_item(self, i):
-        return i or 0
+    def create_batches(self, samps):
+        if self.prebatched or not self.indexed:
+            yield from super().create_batches(samps)
+            return
+        for idxs in self.chunkify(samps):
+            part = np.array_split(idxs, self.world)[self.rank].tolist() or idxs[:1]
+            if (batch := self.batch_of(part)) is not None:
+                yield batch
 
     def in_batch(self, i):
         """The number of images in batch `i`, over all ranks."""
-        return min(self.bs, len(self.dataset) - i * self.bs)
+        return min(self.bs, self.n - i * self.bs)
 
-    def own(self, i):
-        """The number of images in training's batch `i` that are this rank's; for 0 it makes one that does not count."""
+    def share(self, i):
+        """The number of images in batch `i` that are this rank's; for 0 it makes one that does not count."""
         n = self.in_batch(i)
         return n // self.world + (self.rank < n % self.world)
 
-    def do_batch(self, idxs, plain=False):
-        if self.world > 1 and self.shuffle:
-            idxs = np.array_split(idxs, self.world)[self.rank].tolist() or idxs[:1]
-        store, augment = self.store, None
-        if self.dataset.split_idx == 0 and not plain:
-            augment = next((t for t in self.after_item.fs if isinstance(t, AlbumentationsTransform)), None)
-        images = np.empty((len(idxs), store.size, store.size, 3), np.uint8)
-        for at, i in enumerate(idxs):
-            known = self.ids[i]
-            image = decode(self.dataset.items[i], store.size) if known is None else store[known]
-            images[at] = augment.apply(image, self.epoch, known or 0) if augment else centre(image, store.size)
+    def make_batch(self, idxs):
+        """The images `idxs` as a batch of this loader, before batch transforms."""
+        self.before_iter()
+        return self.batch_of(idxs)
+
+    def batch_of(self, idxs):
+        seen, again = Counter(), []
+        for i in idxs:  # an image that comes again is seen as in epochs to come
+            again.append(seen[i])
+            seen[i] += 1
+        if self.is_fast(idxs):
+            return self.whole_batch(idxs, again)
+        items = [item for item in map(self.do_item, idxs, again) if item is not None]
+        return self.do_batch(items) if items else None
+
+    def is_fast(self, idxs):
+        """Whether a whole batch of these is what fastai's way would make of them."""
+        same = len(self.after_item.fs) == len(self.item_tfms) == 3 and not self.before_batch.fs
+        same = same and all(a is b for a, b in zip(self.after_item.fs, self.item_tfms))
+        return same and not PER_ITEM & vars(self).keys() and self.reads() and None not in [self.ids[i] for i in idxs]
+
+    def reads(self):
+        """Whether items are read as the store's are."""
+        return [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
+
+    def store_id(self, i):
+        """The number in the store of item `i`; None where it is to be read."""
+        return self.ids[i] if self.ids and self.reads() else None
+
+    def whole_batch(self, idxs, again):
+        augment, crop, _ = self.item_tfms
+        augmented, size = self.after_item.split_idx == augment.split_idx, crop.size
+        images = np.empty((len(idxs), size, size, 3), np.uint8)
+        for row, (i, times) in enumerate(zip(idxs, again)):
+            image, number = self.store[self.ids[i]], self.ids[i]
+            images[row] = augment.apply(image, self.epoch + times, number) if augmented else centre(image, size)
         x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
+
+    def do_item(self, i, again=0):
+        number = self.store_id(i or 0)
+        for t in self.after_item.fs:
+            if isinstance(t, AlbumentationsTransform):
+                t.position = self.epoch + again, i or 0 if number is None else number
+        return super().do_item(i)
+
+    def create_item(self, i):
+        number = self.store_id(i or 0)
+        if number is None:
+            return super().create_item(i)
+        return PILImage.create(self.store[number]), *(tl[i or 0] for tl in self.dataset.tls[1:])
 
     def plain(self, most=None):
         """(images, labels) of at most `most` images, not augmented, that lie evenly in the set and so in its classes.
 
         `most` is as many as have PLAIN_PIXELS, where it is not given.
         """
-        n, most = len(self.dataset), most or max(PLAIN_PIXELS // self.store.size**2, 2)
-        at = np.linspace(0, n - 1, min(n, most)).astype(int).tolist()
-        batch = self.after_batch(tuple(t.to(self.device or "cpu") for t in self.do_batch(at, plain=True)))
+        most = most or max(PLAIN_PIXELS // self.store.size**2, 2)
+        idxs = np.linspace(0, self.n - 1, min(self.n, most)).astype(int).tolist()
+        with self.dataset.set_split_idx(1):
+            batch = self.after_batch(to_device(self.make_batch(idxs), self.device or "cpu"))
         return tuple(t.as_subclass(torch.Tensor) for t in batch)
-
-
-class NormalizeInPlace(Normalize):
-    """fastai's Normalize, the same numbers in a fifth of the time, for batches that the loader has just made.
-
-    Mean and standard deviation have the shape and memory format of an image, so that a batch is one run of memory.
-    """
-
-    @classmethod
-    def of(cls, mean, std, size):
-        full = lambda v: torch.tensor(v, dtype=torch.float32)[None, :, None, None].expand(1, 3, size, size)
-        return cls(*(full(v).contiguous(memory_format=torch.channels_last) for v in (mean, std)))
-
-    def encodes(self, x: TensorImage):
-        return x.sub_(self.mean).div_(self.std)
 
 
 def images_a_step(config, n):
@@ -150,47 +262,54 @@ def check_apart(config, root):
                 raise BadInput(f"--{name} {written}: lies among the class folders of {root}; pass another folder")
 
 
-def get_dls(config, device="cpu"):
-    """`config.data` as DataLoaders `train`, `valid`, `test`, with `vocab` and `store`; images (n, 3, size, size).
-
-    Raises BadInput (one line) for data that cannot be trained on.
-    """
-    size = image_size(config)
+def read_images(config, size):
+    """(root folder, Store, the images of train, valid and test as lists of (path, class)) of `config.data`."""
     try:
         root = root_folder(config)
         sets = find_images(root, config.valid_pct, config.split_seed)
         check_apart(config, root)
         paths = list(dict.fromkeys(path for images in sets for path, _ in images))  # valid may be test
-        cache = cache_dir(config) if config.cache else None
-        skip = config.bad_images == "skip"
-        store = Store(paths, size, root, cache=cache, spare=lambda: cache_dir(config), skip=skip)
+        folder, skip = cache_dir(config), config.bad_images == "skip"
+        store = Store(paths, size, root, cache=folder if config.cache else None, skip=skip, temporary=folder)
         if store.skipped:  # split anew, so that each class has its share in each set
             sets = find_images(root, config.valid_pct, config.split_seed, set(paths) - set(store.index))
-    except OSError as e:
-        raise BadInput(
-            f"--data {config.data}: {one_line(e)}; make it readable, or pass another --data or --cache"
-        ) from None
-    label = dict(item for images in sets for item in images)
+    except OSError as error:
+        remedy = "make it readable, make room, or pass another --data or --cache"
+        raise BadInput(f"--data {config.data}: {one_line(error)}; {remedy}") from None
+    return root, store, sets
+
+
+def get_dls(config, device="cpu"):
+    """`config.data` as DataLoaders `train`, `valid`, `test`, with `vocab` and `store`; images (n, 3, size, size).
+
+    Raises BadInput (one line) for data, or a file of `--augment`, that cannot be trained on.
+    """
+    size = image_size(config)
+    pipeline(config, size, (0.0, 0.0, 0.0))  # a file that cannot be used is named before the images are read
+    root, store, sets = read_images(config, size)
     splits = [[store.index[path] for path, _ in images] for images in sets]
     mean, std = pretrained_stats(config) if config.pretrained else store.stats(splits[0])
-    augment = AlbumentationsTransform(train_transforms(config, size, (mean * 255).tolist()), config.seed)
+    augment = AlbumentationsTransform(pipeline(config, size, (mean * 255).tolist()), config.seed, size)
+    item_tfms = (augment, CentreCrop(size), ToTensor())
+    categorize = Categorize(vocab=sorted({name for images in sets for _, name in images}))
     block = DataBlock(
-        blocks=(ImageBlock, CategoryBlock(vocab=sorted(set(label.values())))),
+        blocks=(TransformBlock(batch_tfms=IntToFloatTensor), TransformBlock(categorize)),
         get_items=lambda _: store.paths,
-        get_y=label.get,
+        get_x=ReadImage(size),
+        get_y=Label(root, bool(named_folders(root, "train"))),
         splitter=lambda _: splits,
-        item_tfms=augment,
-        batch_tfms=NormalizeInPlace.of(mean, std, size),
+        item_tfms=list(item_tfms),
+        batch_tfms=NormalizeInPlace(mean, std, size),
         dl_type=StoreDL,
     )
     device, workers = torch.device(device), config.workers
     if workers == "auto":
         workers = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // on_this_machine()))
-    how = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
-    how |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))
-    how |= dict(store=store, seed=config.seed, balanced=config.balanced_batches)  # StoreDL's own
-    dls = block.dataloaders(root, path=root, **how)
-    dls.test, dls.store, dls.mean, dls.std = dls[2], store, mean, std
+    options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
+    options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))
+    options |= dict(store=store, seed=config.seed, item_tfms=item_tfms)  # StoreDL's own
+    dls = block.dataloaders(root, path=root, **options)
+    dls.test, dls.store, dls.mean, dls.std, dls.augment = dls[2], store, mean, std, augment
     return dls
 
 
@@ -199,12 +318,12 @@ def pretrained_stats(config):
 
     Of a run's weights they stand beside them, in model.json; of others they are those of torchvision's own.
     """
-    card = Path(config.pretrained).expanduser().with_name("model.json")
-    if config.pretrained != "torchvision" and card.exists():
-        found = read_card(card)
-        return np.array(found["mean"]), np.array(found["std"])
+    card_file = Path(config.pretrained).expanduser().with_name("model.json")
+    if config.pretrained != "torchvision" and card_file.exists():
+        card = read_card(card_file)
+        return np.array(card["mean"]), np.array(card["std"])
     if config.model in MODELS:
-        raise BadInput(f"--pretrained: {card}, which a run writes beside its weights, is not there")
+        raise BadInput(f"--pretrained: {card_file}, which a run writes beside its weights, is not there")
     if config.model in AUXILIARY:  # their weights expect 2 x - 1
         return np.full(3, 0.5), np.full(3, 0.5)
     from torchvision.models import get_model_weights

@@ -10,7 +10,7 @@ def maps(
     model,  # network: images -> logits (n, classes)
     layer,  # the module of `model` whose output is read; its map should be at least 4 x 4
     images,  # (n, channels, h, w) float tensor, normalised as for the network
-    targets,  # n class numbers (or grad-cam targets): what each map explains
+    targets,  # n class numbers: what each map explains
     batch_size=None,  # images at a time; None: 64 of 64 x 64 pixels, fewer of larger ones
 ):
     """Where the network saw the target class in each image: (n, h, w) float32 array in 0..1.
@@ -26,19 +26,16 @@ def maps(
     name = next((n for n, m in model.named_modules() if m is layer), None)
     if name is None:
         raise ValueError(f"the layer {type(layer).__name__} is not a part of the model")
-    if len(images) == 0:
-        return np.zeros((0, *images.shape[2:]), np.float32)
+    images, batches = torch.as_tensor(images).as_subclass(torch.Tensor).detach().float(), []
     batch_size = batch_size or max(1, min(64, 64 * 64**2 // images.shape[-1] ** 2))
     twin = copy.deepcopy(model).float().eval().requires_grad_(True)
-    for m in twin.modules():
-        if getattr(m, "inplace", False):
-            m.inplace = False  # an in-place ReLU behind the layer would change what the hook kept
     twin.zero_grad()
     cam = GradCAM(twin, [twin.get_submodule(name)])
-    images, found = torch.as_tensor(images).as_subclass(torch.Tensor).detach().float(), []
+    # what comes next gets a copy, so that an in-place ReLU leaves alone what the hooks of GradCAM have kept
+    twin.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.clone())
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-        for at in range(0, len(images), batch_size):
-            wanted = [t if callable(t) else ClassifierOutputTarget(int(t)) for t in targets[at : at + batch_size]]
-            found.append(cam(images[at : at + batch_size], wanted))
-            cam.outputs = None  # with the graph behind them
-    return np.concatenate(found).clip(0, 1).astype(np.float32)
+        for first in range(0, len(images), batch_size):
+            part = slice(first, first + batch_size)
+            batches.append(cam(images[part], [ClassifierOutputTarget(int(target)) for target in targets[part]]))
+            cam.outputs = None  # it holds the graph of the batch
+    return np.concatenate([np.zeros((0, *images.shape[2:])), *batches]).clip(0, 1).astype(np.float32)

@@ -1,29 +1,5 @@
-"""Networks: ours, torchvision's, and weights that are there already."""
+"""Networks: ours and torchvision's, fresh, pretrained, or rebuilt from a run."""
 
-from lib.models.networks import SmallResNet
-from lib.models.zoo import (
-    MODELS,
-    build,
-    cam_layer,
-    card,
-    check,
-    check_batches,
-    head,
-    rebuild,
-    small_side,
-    smallest_side,
-)
+from lib.models.zoo import build, cam_layer, card, check, check_batches, rebuild, small_side, smallest_side, split
 
-__all__ = [
-    "MODELS",
-    "SmallResNet",
-    "build",
-    "cam_layer",
-    "card",
-    "check",
-    "check_batches",
-    "head",
-    "rebuild",
-    "small_side",
-    "smallest_side",
-]
+__all__ = ["build", "cam_layer", "card", "check", "check_batches", "rebuild", "small_side", "smallest_side", "split"]

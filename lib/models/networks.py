@@ -11,8 +11,8 @@ class ConvPoolNorm(nn.Sequential):
     """
 
     def __init__(self, c_in, c_out, pool=False):
-        layers = [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.SiLU()]
-        super().__init__(*layers[:1], *([nn.MaxPool2d(2)] if pool else []), *layers[1:])
+        pooling = [nn.MaxPool2d(2)] if pool else []
+        super().__init__(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(c_out), nn.SiLU())
 
 
 class SqueezeExcite(nn.Module):
@@ -28,7 +28,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + f(x), f being `depth` convolutions of the same width (He et al., arXiv 1512.03385), then a SqueezeExcite."""
+    """x + f(x), where f is `depth` convolutions, then a SqueezeExcite if asked for (He et al., arXiv 1512.03385)."""
 
     def __init__(self, width, depth, squeeze):
         super().__init__()
@@ -42,54 +42,52 @@ class Residual(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network for small images: a stem, then stages that each halve the side and add a residual block.
 
-    Maps (n, 3, h, w) to logits (n, n_classes); h and w at least 9.
+    Maps (n, 3, h, w) to logits (n, n_classes); h and w are at least 9.
     """
 
     def __init__(
         self,
         n_classes,  # length of the output
-        stem,  # channels of the first convolution, at full resolution; even, at most 24 where it is to whiten
+        stem,  # channels of the first convolution, at full resolution; even, and at most 24 where it whitens
         widths,  # channels of the stages, at 1/2, 1/4, 1/8 of the side
-        depths=(1, 1, 1),  # convolutions in the residual block of each
+        depths=(1, 1, 1),  # convolutions in the residual block of each stage
         squeeze=True,  # whether the blocks end in a SqueezeExcite
     ):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 2), nn.SiLU())
-        each = zip([stem, *widths[:-1]], widths, depths, strict=True)
-        block = lambda a, b, depth: nn.Sequential(ConvPoolNorm(a, b, pool=True), Residual(b, depth, squeeze))
-        self.stages = nn.Sequential(*(block(*args) for args in each))
+        self.stages = nn.Sequential()
+        for c_in, c_out, depth in zip([stem, *widths[:-1]], widths, depths, strict=True):
+            self.stages.append(nn.Sequential(ConvPoolNorm(c_in, c_out, pool=True), Residual(c_out, depth, squeeze)))
         self.head = nn.Linear(widths[-1], n_classes)
 
     @torch.no_grad()
     def whiten(self, images, eps=5e-4):
-        """Sets the first convolution from `images` (n, 3, h, w), normalised, and holds its weights there.
+        """Sets the first convolution from normalised `images` (n, 3, h, w). Its weight becomes a buffer: it is fixed.
 
-        Its outputs are then uncorrelated and of variance 1 on their 2 x 2 patches: eigenvectors of the patches'
-        covariance, the largest first, over the roots of their eigenvalues (+ eps); then the negatives of the same
+        On the images' patches its outputs are uncorrelated, with variance 1. The filters are the eigenvectors of the
+        patches' covariance, largest first, over the square roots of their eigenvalues (+ eps); then their negatives
         (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
         """
-        conv, k = self.stem[0], self.stem[0].kernel_size[0]
-        patches = images.as_subclass(torch.Tensor).cpu().double().unfold(2, k, 1).unfold(3, k, 1)
-        patches = patches.movedim(1, 3).flatten(3).flatten(0, 2)
+        conv = self.stem[0]
+        patches = nn.functional.unfold(images.as_subclass(torch.Tensor).cpu().double(), conv.kernel_size)
+        patches = patches.movedim(1, 2).flatten(0, 1)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        vectors *= values > 1e-5 * values[-1]  # what no image has, such as colour in grey ones, is not looked at
-        filters = (
-            (vectors / (values + eps).sqrt()).T.flip(0)[: len(conv.weight) // 2].reshape(-1, *conv.weight[0].shape)
-        )
-        conv.weight.copy_(torch.cat([filters, -filters]))
+        vectors *= values > 1e-5 * values[-1]  # directions that no image has, such as colour in grey ones, are ignored
+        filters = (vectors / (values + eps).sqrt()).T.flip(0)[: conv.out_channels // 2]
+        weight = torch.cat([filters, -filters]).reshape(conv.weight.shape).to(conv.weight)
+        del conv.weight
+        conv.register_buffer("weight", weight)
         conv.bias.zero_()
-        conv.weight.requires_grad_(False)
 
     def forward(self, x):
         x = self.stages(self.stem(x))
-        # as Page's ResNet-9: the loss starts near ln(n_classes), the head learns as the rest
+        # as in Page's ResNet-9: the loss starts near ln(n_classes), and the head learns at the pace of the rest
         return self.head(x.amax((2, 3))) * 0.125
 
     @property
     def early(self):
-        """What learns in the first epochs alone: the bias of a whitening, whose gradient takes a tenth of a step."""
-        conv = self.stem[0]
-        return [] if conv.weight.requires_grad else [conv.bias]
+        """Parameters that learn in the first epochs alone: the bias of a whitening stem, which is soon settled."""
+        return [] if isinstance(self.stem[0].weight, nn.Parameter) else [self.stem[0].bias]
 
     @property
     def cam_layer(self):

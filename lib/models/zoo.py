@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from lib.models.networks import SmallResNet
 
 MOST = 65536  # of each number in a model.json
 
-
 # name -> constructor(n_classes, **args), args
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
@@ -23,25 +23,24 @@ MODELS = {
 
 
 def check(name, pretrained=""):
-    """Raises BadInput where `name` is neither in `MODELS` nor a classifier of torchvision, or `pretrained` no file."""
+    """Raises BadInput where `name` is neither in MODELS nor a classifier of torchvision, or `pretrained` is no file."""
     if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
         raise BadInput(f"--pretrained {pretrained}: not found; pass a file of weights, or nothing for torchvision's")
     if name in MODELS:
         return
-    import torchvision.models as zoo
+    import torchvision.models as torchvisions
 
-    known = zoo.list_models(module=zoo)
+    known = [*MODELS, *torchvisions.list_models(module=torchvisions)]
     if name not in known:
-        raise BadInput(
-            f"--model: {name!r} is not among {', '.join(MODELS)}, nor a classifier of torchvision"
-            + guess(name, [*MODELS, *known])
-        )
+        ours, nearest = ", ".join(MODELS), guess(name, known)
+        raise BadInput(f"--model: {name!r} is not among {ours}, nor a classifier of torchvision{nearest}")
 
 
 def build(name, n_classes, pretrained="", images=None):
-    """The network `name`, of `MODELS` or a torchvision classifier, with fresh weights, or a fresh head on others.
+    """The network `name`, ours or torchvision's, with fresh weights, or with pretrained ones and a fresh head.
 
-    The first convolution of ours whitens `images`, normalised training images (n, 3, h, w), where there are any.
+    The first convolution of ours whitens `images`, normalised training images (n, 3, h, w), where they are given.
+    Raises BadInput for an unknown name, or weights that do not fit.
     """
     check(name, pretrained)
     if name in MODELS:
@@ -60,64 +59,69 @@ def build(name, n_classes, pretrained="", images=None):
 
 
 def head(model):
-    """The layer that gives the logits, in our networks and in torchvision's: the last with weights of its own."""
+    """The layer that gives the logits: the last module with parameters of its own."""
     return [m for m in model.modules() if list(m.parameters(recurse=False))][-1]
 
 
-def load_body(model, name, pretrained):
-    """Loads all but the head of `model` from torchvision's weights of `name`, or from the file `pretrained`.
+def split(model):
+    """fastai's layer groups of a network: the parameters of its body and of its head, or of its head alone."""
+    last = list(head(model).parameters())
+    body = [p for p in model.parameters() if not any(p is q for q in last)]
+    return [body, last] if body else [last]
 
-    Raises BadInput where they cannot be had, or are of another network. No code of a file is run.
-    """
+
+def read_weights(name, pretrained):
+    """The state dict of torchvision's weights of `name`, or of the file `pretrained`. No code in a file is run."""
     if pretrained == "torchvision":
         from torchvision.models import get_model_weights
 
         weights = get_model_weights(name).DEFAULT
+        options = dict(map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
         try:
-            options = dict(map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-            state = weights.get_state_dict(**options)
+            return weights.get_state_dict(**options)
         except Exception as e:  # urllib, ssl, http, the disk and the check of the hash each raise their own
-            raise BadInput(
-                f"--pretrained: download of {weights.url} failed ({one_line(e)}); without a network pass "
-                "--pretrained FILE, fetched elsewhere"
-            ) from None
-    else:
-        file = Path(pretrained).expanduser()
-        try:
-            if file.suffix == ".safetensors":
-                from safetensors.torch import load_file
+            remedy = "without a network pass --pretrained FILE, fetched elsewhere"
+            raise BadInput(f"--pretrained: download of {weights.url} failed ({one_line(e)}); {remedy}") from None
+    file = Path(pretrained).expanduser()
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-                state = load_file(file)
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as e:  # safetensors, pickle, zipfile and torch each raise their own
-            raise BadInput(f"--pretrained {file}: cannot be read as weights ({one_line(e)})") from None
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # safetensors, pickle, zipfile and torch each raise their own
+        raise BadInput(f"--pretrained {file}: cannot be read as weights ({one_line(e)})") from None
+
+
+def load_body(model, name, pretrained):
+    """Loads all but the head of `model`. Raises BadInput where the weights cannot be had, or are another network's."""
     last = head(model)
-    aside = (next(n for n, m in model.named_modules() if m is last) + ".", "aux", "AuxLogits")
-    shapes = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(aside)}
-    wanted = {}
-    for key, value in state.items() if isinstance(state, dict) else ():
-        key = re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", str(key))  # torchvision's files say norm.1 for norm1
-        if not key.startswith(aside):
-            wanted[key] = value
-    odd = [k for k in {**shapes, **wanted} if shapes.get(k) != getattr(wanted.get(k), "shape", None)]
-    odd = [k for k in odd if not k.endswith("num_batches_tracked")]  # files of old do not have it
-    if odd:
-        raise BadInput(f"--pretrained {pretrained}: is not of {name} ({odd[0]!r} is missing, or does not fit)")
-    model.load_state_dict(wanted, strict=False)
+    fresh = (next(n for n, m in model.named_modules() if m is last) + ".", "aux", "AuxLogits")
+    without_head = lambda state: {k: v for k, v in state.items() if not k.startswith(fresh)}
+    state = read_weights(name, pretrained)
+    state = state if isinstance(state, dict) else {}
+    # torchvision's files of DenseNets say norm.1 for norm1
+    state = {re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", str(k)): v for k, v in state.items()}
+    state, body = without_head(state), without_head(model.state_dict())
+    for key in {**body, **state}:
+        same = getattr(body.get(key), "shape", None) == getattr(state.get(key), "shape", None)
+        if not same and not key.endswith("num_batches_tracked"):  # which old files do not have
+            raise BadInput(f"--pretrained {pretrained}: is not of {name} ({key!r} is missing, or does not fit)")
+    model.load_state_dict(state, strict=False)
 
 
 def cam_layer(model, size):
     """The layer of `model` that GradCAM reads for images of `size` pixels: its output is a map of at least 4 x 4.
 
-    It is `model.cam_layer`, or, without one that fits, the last to finish whose output (n, channels, h, w) is such a
+    It is `model.cam_layer`, or, where that does not fit, the last to finish whose output (n, channels, h, w) is such a
     map. Raises BadInput where the network does not take such images, or has no such layer.
     """
-    own, fitting = getattr(model, "cam_layer", None), []
+    fitting = []
 
     def look(module, inputs, output):
         if torch.is_tensor(output) and output.dim() == 4 and output.shape[2] == output.shape[3] >= 4:
-            if inputs[0].dim() != 4 or inputs[0].shape[2] >= output.shape[2]:  # an enlarged map says no more
+            maps = [x for x in inputs if torch.is_tensor(x) and x.dim() == 4]  # densely connected layers take lists
+            if all(x.shape[2] >= output.shape[2] for x in maps):  # an enlarged map says no more
                 fitting.append(module)
 
     training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
@@ -134,55 +138,54 @@ def cam_layer(model, size):
             handle.remove()
     if not fitting:
         raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
-    return own if own in fitting else fitting[-1]
+    preferred = getattr(model, "cam_layer", None)
+    return preferred if preferred in fitting else fitting[-1]
 
 
 def small_side(size):
-    """The side of the images of --small-epochs, in pixels, where it is `size` behind them."""
+    """The side of the images of --small-epochs, in pixels, where it is `size` in the epochs after them."""
     return size * 3 // 4
 
 
 def smallest_side(model, config, size):
-    """The side of the smallest images of a run. Raises BadInput where `model` does not take them, or no GradCAM it."""
+    """The side of a run's smallest images. Raises BadInput where `model` does not take them, or no GradCAM is had."""
     cam_layer(model, size)
-    if not config.small_epochs:
-        return size
-    try:
-        cam_layer(model, small_side(size))
-    except BadInput as e:
-        raise BadInput(f"{e}, or --small-epochs 0") from None
-    return small_side(size)
+    if config.small_epochs:
+        size = small_side(size)
+        try:
+            cam_layer(model, size)
+        except BadInput as e:
+            raise BadInput(f"{e}, or --small-epochs 0") from None
+    return size
 
 
 def check_batches(model, config, sizes, n, size, ranks=1):
-    """Raises BadInput where a batch, or a rank's slice of it, would be one image that `model` cannot be trained on.
+    """Raises BadInput where a batch, or a rank's part of one, is one image, and `model` cannot be trained on one.
 
-    BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image.
+    BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image. `sizes`
+    are the batch sizes that the run comes to, `n` counts the training images, whose side is `size` pixels or more.
     """
-    lone = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
-    if not any(map(lone, sizes)):
+    leaves_one = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
+    if not any(map(leaves_one, sizes)):
         return
-    twin = copy.deepcopy(model).train()
     try:
         with torch.random.fork_rng([]), torch.no_grad():
-            twin(torch.zeros(1, 3, size, size))
+            copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
     except ValueError:
-        batch = next(
-            (b for b in range(config.batch_size + 1, 2 * max(config.batch_size, n) + 2) if not lone(b)), "more"
-        )
-        more = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
+        larger = next(batch for batch in count(config.batch_size + 1) if not leaves_one(batch))
+        grown = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         raise BadInput(
-            f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{more}, on which the "
-            f"BatchNorm of {config.model} cannot be trained at {size} pixels; pass another, such as {batch}"
+            f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{grown}, on which the "
+            f"BatchNorm of {config.model} cannot be trained at {size} pixels; pass another, such as {larger}"
         ) from None
 
 
 def card(name, dls, resize_rule, flip):
-    """What rebuilds the trained network and feeds it: the content of weights/model.json."""
-    ours = name in MODELS
+    """The content of weights/model.json: what rebuilds the trained network, and how images become its input."""
+    constructor, args = MODELS.get(name, (None, {}))
     return {
-        "architecture": MODELS[name][0].__name__ if ours else f"torchvision.{name}",
-        "args": {"n_classes": len(dls.vocab), **(MODELS[name][1] if ours else {})},
+        "architecture": constructor.__name__ if constructor else f"torchvision.{name}",
+        "args": {"n_classes": len(dls.vocab), **args},
         "classes": list(dls.vocab),
         "size": dls.store.size,
         "mean": dls.mean.tolist(),
@@ -193,15 +196,15 @@ def card(name, dls, resize_rule, flip):
 
 
 def rebuild(card):
-    """The network that the content of weights/model.json describes, its weights still to be loaded.
+    """The network that the content of weights/model.json describes; its weights are still to be loaded.
 
-    Raises BadInput for anything but a network of this module or a classifier of torchvision, of a possible size.
+    Raises BadInput for anything but a network of this room or a classifier of torchvision, of a possible size.
     """
     try:
         name, args = card["architecture"], card["args"]
         numbers = [n for k, v in args.items() if k != "squeeze" for n in (v if isinstance(v, list) else [v])]
-        fitting = type(args.get("squeeze", True)) is bool and len(numbers) <= 16 and sum(args.get("depths", ())) <= 64
-        if not fitting or not all(type(n) is int and 0 < n <= MOST for n in numbers):
+        possible = type(args.get("squeeze", True)) is bool and len(numbers) <= 16 and sum(args.get("depths", ())) <= 64
+        if not possible or not all(type(n) is int and 0 < n <= MOST for n in numbers):
             raise ValueError(f"args {brief(args)}")
         if name.startswith("torchvision."):
             return build(name.removeprefix("torchvision."), args["n_classes"])

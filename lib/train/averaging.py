@@ -1,130 +1,91 @@
-"""The average of the weights, and the best weights."""
+"""The average of the weights, the best weights, and images that are small at first."""
 
-import copy
-
+import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save as to_safetensors
+from torch.nn.functional import interpolate
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class Hold(Callback):
-    """In some epochs `parameters` stay: without a gradient no optimizer touches them, their decay or their state.
-
-    What stays is a function of the epochs trained, as fits that are resumed need it. One learning rate drives all.
-    """
-
-    order = 61  # ahead of gradient noise, which is of what has a gradient
-
-    def __init__(
-        self,
-        parameters,  # those that stay
-        epochs,  # in which they do, counted over all fits: a range
-    ):
-        self.parameters, self.epochs = [p for p in parameters if p.requires_grad], epochs
-
-    def before_train(self):
-        self.held = self.learn.epochs_trained in self.epochs
-        if not self.learn.parallel:  # which waits for all the gradients that it has seen at its start
-            self.learning(not self.held)
-
-    def before_step(self):
-        if self.held:
-            for p in self.parameters:
-                p.grad = None
-
-    def after_fit(self):
-        self.learning(True)
-
-    def learning(self, on):
-        for p in self.parameters:
-            p.requires_grad_(on)
-
-
-class SmallImages(Callback):
-    """In the first epochs images are smaller, in training, range test and evaluation: progressive resizing.
-
-    What an image of 3/4 of the side costs is about 9/16, and the rate is high meanwhile, when much is learned that
-    needs no detail (Howard & Gugger, Deep Learning for Coders, ch. 7; Touvron et al., arXiv 1906.06423, on why
-    evaluation goes along). A function of the epochs trained. Behind the fit images are as they are.
-    """
-
-    order = -1  # ahead of what looks at the images
-
-    def __init__(
-        self,
-        epochs,  # so long, counted over all fits
-        side,  # pixels
-    ):
-        self.epochs, self.small = epochs, side
-
-    def after_create(self):
-        self.learn.side = self.small if self.learn.epochs_trained < self.epochs else None
-
-    before_train = after_create
-
-    def after_fit(self):
-        self.learn.side = None
-
-
 class EMA(Callback):
-    """Evaluates and keeps an exponential moving average a of the weights w: a <- d a + (1 - d) w behind each step.
+    """Evaluates and keeps an exponential moving average a of the weights w: a <- d a + (1 - d) w after each step.
 
     An average has less of the noise that a large rate leaves in the weights (Polyak & Juditsky, SIAM J. Control Optim.
-    30, 1992). d is `decay`, at first (1 + t) / (10 + t) at step t, so that the start is soon forgotten. BatchNorm's
-    statistics are averaged along. Training is as without it; behind the fit the model has the averaged weights.
+    30, 1992). d is `decay`, at first (1 + t) / (10 + t) at step t, so that the start is soon forgotten. The statistics
+    of BatchNorm are averaged too. The model holds the average from each validation to the next training, and after the
+    fit. Training itself is as without it.
     """
 
-    order = 63  # ahead of what keeps or evaluates
+    order, train_only = 63, True  # before what keeps or evaluates weights
 
     def __init__(
         self,
         decay,  # below 1; 1 / (1 - decay) is about the number of steps that count
     ):
-        self.decay, self.steps = decay, 0
+        self.decay, self.steps, self.average = decay, 0, None
 
     def before_fit(self):
-        self.learn.average, self.steps = copy.deepcopy(self.learn.model).requires_grad_(False), 0
-        of = lambda model: [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        self.tensors = of(self.learn.average), of(self.learn.model)  # they stay where they are until the fit's end
+        model = self.learn.model
+        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        self.average, self.steps, self.in_model = [w.clone() for w in self.weights], 0, False
 
     def after_step(self):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        get_ema_multi_avg_fn(decay)(*self.tensors, self.steps)
+        get_ema_multi_avg_fn(decay)(self.average, self.weights, self.steps)
         self.steps += 1
 
+    def before_train(self):
+        self.swap(False)
+
+    def before_validate(self):
+        self.swap(True)
+
     def after_fit(self):
-        if self.learn.average is not None:
-            self.learn.model.load_state_dict(self.learn.average.state_dict())
-            self.learn.average = self.tensors = None
+        if self.average is not None:
+            self.swap(True)
+            self.average = self.weights = None
+
+    @torch.no_grad()
+    def swap(self, into_model):
+        """Exchanges average and weights where the model does not hold the one that is asked for."""
+        if into_model != self.in_model:
+            weights = [w.clone() for w in self.weights]
+            torch._foreach_copy_(self.weights, self.average)
+            torch._foreach_copy_(self.average, weights)
+            self.in_model = into_model
 
     def state_dict(self):
-        return {"steps": self.steps, "average": self.learn.average.state_dict()}
+        return {"steps": self.steps, "average": list(self.average), "in_model": self.in_model}
 
     def load_state_dict(self, state):
-        self.steps = int(state["steps"])
-        self.learn.average.load_state_dict(state["average"])
+        self.steps, self.in_model = int(state["steps"]), bool(state["in_model"])
+        for mine, saved in zip(self.average, state["average"], strict=True):
+            mine.copy_(saved)
 
 
 class KeepBest(Callback):
     """Keeps the weights of the epoch with the best valid accuracy (ties: lower valid loss), in memory and as a file.
 
-    An epoch on images of their own size is better than any on smaller ones.
+    An epoch on whole images is better than any on small ones.
     """
 
-    order = 70
+    order, train_only = 70, True
 
     def __init__(
         self,
         save=None,  # called with the safetensors bytes of each new best
+        small_epochs=0,  # epochs on small images
     ):
-        self.save, self.best, self.epoch_number, self.state = save, (), None, None
+        self.save, self.small_epochs = save, small_epochs
+        self.best, self.epoch_number, self.state = (), None, None
 
     def after_epoch(self):
-        row = self.recorder.rows[-1]
-        score = (self.learn.side is None, row["valid_acc"], -row["valid_loss"])
+        row = self.learn.recorder.rows[-1]
+        score = (row["epoch"] > self.small_epochs, row["valid_acc"], -row["valid_loss"])
         if score > self.best:
             self.best, self.epoch_number = score, row["epoch"]
-            self.state = {k: v.detach().cpu().clone().contiguous() for k, v in self.evaluated.state_dict().items()}
+            weights = self.learn.model.state_dict()
+            self.state = {name: w.detach().cpu().clone().contiguous() for name, w in weights.items()}
             if self.save:
                 self.save(to_safetensors(self.state))
 
@@ -133,3 +94,32 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state):
         self.best, self.epoch_number, self.state = tuple(state["best"]), state["epoch_number"], state["state"]
+
+
+class SmallImages(Callback):
+    """In the first epochs images are smaller, in training, range test and evaluation: progressive resizing.
+
+    An image of 3/4 of the side costs about 9/16 (Howard & Gugger, Deep Learning for Coders, ch. 7; Touvron et al.,
+    arXiv 1906.06423, on why evaluation goes along). After the fit images are whole.
+    """
+
+    order = -1  # before what looks at the images
+
+    def __init__(
+        self,
+        epochs,  # so many, counted over all fits
+        side,  # pixels
+    ):
+        self.epochs, self.side, self.active = epochs, side, False
+
+    def before_train(self):
+        self.active = self.learn.epochs_trained < self.epochs
+
+    def before_batch(self):
+        if self.active:  # bilinear and antialiased, as Pillow has it
+            size = (self.side, self.side)
+            small = [interpolate(x, size, mode="bilinear", antialias=True) for x in self.learn.xb]
+            self.learn.xb = tuple(x.contiguous(memory_format=self.learn.memory_format) for x in small)
+
+    def after_fit(self):
+        self.active = False

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -18,9 +19,7 @@ from lib.cli import BadInput, one_line
 from lib.runs import write
 from lib.train import ranks
 
-FORMAT = 3  # of the checkpoint; another one is refused
-
-
+FORMAT = 4  # of the checkpoint; another one is refused
 GRACE = 5  # seconds in which a second signal is torchrun's, which hands on what its processes have had already
 
 
@@ -32,11 +31,11 @@ class Checkpoint(Callback):
     """Saves what the next epoch, or the next batch, starts from, and starts a fit from what was saved.
 
     Order, augmentation and dropout are functions of (seed, epoch, batch, image), so no generator's state is in it.
-    Inside `signals`, the batch under way at a Ctrl-C or SIGTERM is finished and saved, then Interrupted raised; a
+    Inside `signals`, the batch under way at a Ctrl-C or SIGTERM is finished and saved, then Interrupted is raised; a
     second one stops at once.
     """
 
-    order = 80  # behind all callbacks whose states it keeps: those with a state_dict of their own
+    order, train_only = 80, True  # after all callbacks whose states it keeps: those with a state_dict of their own
 
     def __init__(
         self,
@@ -52,40 +51,32 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.saved_at = time.monotonic()
-        if self.state is None:
+        state, self.state = self.state, None
+        if state is None:
             return
-        learn, state = self.learn, self.state
+        learn = self.learn
         try:
             learn.model.load_state_dict(state["model"])
-            learn.opt.opt.load_state_dict(state["optimizer"])
+            learn.opt.load_state_dict(state["optimizer"])
             if learn.scaler:
                 learn.scaler.load_state_dict(state["scaler"])
             for cb in self.keepers():
                 cb.load_state_dict(state["callbacks"][cb.name])
             learn.epochs_trained, learn.first_batch = int(state["epochs_trained"]), int(state["batches"])
-            if type(state["batches"]) is not int or bool(state["batches"]) != (state["partial"] is not None):
+            if type(state["batches"]) is not int or bool(state["batches"]) != (learn.recorder.under_way is not None):
                 raise ValueError("batches and the record of them do not go together")
+            learn.first_epoch = len(learn.recorder.rows)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as e:
             raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
-        learn.first_epoch = len(learn.recorder.rows)
-
-    def before_train(self):
-        state, self.state = self.state, None
-        if state and state["batches"]:
-            try:
-                self.learn.recorder.go_on(state["partial"])
-            except (KeyError, TypeError, ValueError) as e:
-                raise BadInput(f"{self.path}: has no whole record of its last epoch ({one_line(e)})") from None
 
     def after_batch(self):
         learn = self.learn
-        done = learn.iter + 1
-        if not learn.training or (done % learn.accumulate and done < learn.n_iter):
+        if not learn.training or not learn.updates_after(learn.iter):
             return
         due = self.every_seconds and time.monotonic() - self.saved_at > self.every_seconds
         signalled, due = ranks.any_of(self.signalled, due)
         if signalled or due:
-            self.save(done)
+            self.save(learn.iter + 1)
         if signalled:
             raise Interrupted
 
@@ -102,26 +93,24 @@ class Checkpoint(Callback):
 
     def save(self, batches=0):
         """Saves the state between epochs or, with `batches`, behind so many batches of an epoch."""
-        learn, partial = self.learn, None
-        if batches:
-            partial = learn.recorder.partial()
+        learn = self.learn
+        learn.recorder.check()
         self.saved_at = time.monotonic()
         if not ranks.leads():
             return
         state = {
             "model": learn.model.state_dict(),
-            "optimizer": learn.opt.opt.state_dict(),
+            "optimizer": learn.opt.state_dict(),
             "scaler": learn.scaler.state_dict() if learn.scaler else None,
             "callbacks": {cb.name: cb.state_dict() for cb in self.keepers()},
             "epochs_trained": learn.epochs_trained - self.evaluating,
             "batches": batches,
-            "partial": partial,
         }
         save(self.path, state)
 
     @contextmanager
     def signals(self):
-        """Inside, Ctrl-C and SIGTERM do what the class says; behind it they have their former meaning again."""
+        """Inside, Ctrl-C and SIGTERM do what the class says; after it they have their former meaning again."""
 
         def stop(number, frame):
             now = time.monotonic()
@@ -131,7 +120,7 @@ class Checkpoint(Callback):
                 return
             self.signalled = now
             if self.evaluating:  # which changes nothing that is saved
-                self.save(self.learn.n_iter)
+                self.save(len(self.learn.dls.train))
                 raise Interrupted
             if ranks.leads():
                 print("finishing the batch and saving; once more stops at once", file=sys.stderr, flush=True)
@@ -174,6 +163,11 @@ def load(path):
     return None
 
 
+def of_run(folder):
+    """The state that the run folder `folder` goes on from; None for a run that is new, or has no checkpoint yet."""
+    return load(Path(folder).expanduser() / "weights/last.pt") if folder else None
+
+
 def read(file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, on files that it then refuses
@@ -192,23 +186,23 @@ def before(path):
 
 def checksum(state):
     """SHA-256 of everything in `state`: names, types, shapes, bytes."""
-    h = hashlib.sha256()
+    digest = hashlib.sha256()
 
     def add(value):
         if isinstance(value, dict):
             for key, inner in value.items():
-                h.update(f"{key!r}:".encode())
+                digest.update(f"{key!r}:".encode())
                 add(inner)
         elif isinstance(value, (list, tuple)):
-            h.update(f"[{len(value)}]".encode())
+            digest.update(f"[{len(value)}]".encode())
             for inner in value:
                 add(inner)
         elif torch.is_tensor(value):
             value = value.detach().cpu().contiguous()
-            h.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            h.update(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
         else:
-            h.update(repr(value).encode())
+            digest.update(repr(value).encode())
 
     add(state)
-    return h.hexdigest()
+    return digest.hexdigest()

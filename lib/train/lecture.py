@@ -1,4 +1,4 @@
-"""What exists for the lecture alone: gradient noise, batches that grow."""
+"""What exists for the lecture alone: gradient noise, batches that grow instead of rates that fall, balanced batches."""
 
 import math
 
@@ -6,12 +6,24 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 
+from lib.data.augment import shuffled
 from lib.train.plateau import ReduceLROnPlateau
+from lib.train.randomness import seed_from
 
 
-def mixed(*numbers):
-    """One seed of 32 bits (torch's CPU generator takes no more) from several whole numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def balanced_order(seed, epoch, labels):
+    """An order in which any run of images has the classes in the data's proportions, as closely as can be: (n,) int64.
+
+    Image of rank r (in `shuffled`) among the n_c of its class c comes at (r + u_c) / n_c, u_c uniform per epoch and
+    class.
+    """
+    labels = np.asarray(labels)
+    position, order = np.empty(len(labels)), shuffled(seed, epoch, labels)
+    starts = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 2]))
+    for c in range(labels.max() + 1):
+        of_class = order[labels[order] == c]
+        position[of_class] = (np.arange(len(of_class)) + starts.random()) / max(len(of_class), 1)
+    return np.argsort(position, kind="stable")
 
 
 def grown(size, factor, most):
@@ -42,23 +54,24 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
         **options,  # as ReduceLROnPlateau
     ):
         super().__init__(monitor, **options)
-        self.max_batch_size, self.growths = max_batch_size, []
+        self.max_batch_size, self.growths, self.first_size = max_batch_size, [], None
 
     def before_fit(self):
         super().before_fit()
-        self.first, self.growths = self.learn.dls.train.bs, []
+        self.first_size, self.growths = self.learn.dls.train.bs, []
 
-    def reduce(self):
-        dl = self.learn.dls.train
-        old, new = dl.bs, grown(dl.bs, self.factor, self.max_batch_size)
+    def reduce(self, factor):
+        loader = self.learn.dls.train
+        old, new = loader.bs, grown(loader.bs, factor, self.max_batch_size)
         if new > old:
-            dl.bs = new
+            loader.bs = new
             self.growths.append((self.epoch + 1, new))
         if new >= self.max_batch_size:
-            super().reduce(min(self.factor * new / old, 1.0))
+            super().reduce(min(factor * new / old, 1.0))
 
     def after_fit(self):
-        self.learn.dls.train.bs = self.first
+        if self.first_size:
+            self.learn.dls.train.bs, self.first_size = self.first_size, None
 
     def state_dict(self):
         return {**super().state_dict(), "growths": list(self.growths)}
@@ -73,16 +86,16 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
 class GradNoise(Callback):
     """Adds Gaussian noise to the gradient, of variance eta / (1 + t)^0.55 at step t (Neelakantan et al., 1511.06807).
 
-    The noise is a function of (seed, step). With `plateau` it is added only in the epoch behind each plateau.
+    The noise is a function of (seed, step). With `plateau` it is added only in the epoch after each plateau.
     """
 
-    order, decay = 62, 0.55  # behind the record
+    order, decay, train_only = 62, 0.55, True  # after the record
 
     def __init__(
         self,
         eta,  # variance at the first step
         seed=0,  # whole number, 0 to 2**32 - 1
-        monitor="valid_loss",  # with plateau: a metric of the record
+        monitor="valid_loss",  # with plateau: a column of the record
         plateau=None,  # a Plateau that says when
     ):
         self.eta, self.seed, self.monitor, self.plateau = eta, seed, monitor, plateau
@@ -92,19 +105,16 @@ class GradNoise(Callback):
         step, self.steps = self.steps, self.steps + 1
         if not self.on:
             return
-        learn = self.learn
-        if learn.scaler:
-            learn.scaler.unscale_(learn.opt.opt)
         sigma = math.sqrt(self.eta / (1 + step) ** self.decay)
-        parameters = [p for p in learn.model.parameters() if p.grad is not None]
-        generator = torch.Generator(parameters[0].device).manual_seed(mixed(self.seed, step))
+        parameters = [p for p in self.learn.model.parameters() if p.grad is not None]
+        generator = torch.Generator(parameters[0].device).manual_seed(seed_from(self.seed, step))
         for p in parameters:
             noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
             p.grad.add_(noise, alpha=sigma)
 
     def after_epoch(self):
         if self.plateau:
-            self.on = self.plateau.step(self.recorder.rows[-1][self.monitor])
+            self.on = self.plateau.step(self.learn.recorder.rows[-1][self.monitor])
             if self.on:
                 print(f"plateau: {self.monitor} stands still; the next epoch's gradients are perturbed", flush=True)
 

@@ -7,105 +7,146 @@ from functools import partial
 import numpy as np
 import torch
 from fastai.callback import schedule as fastai_schedule
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastcore.basics import noop
 
 from lib.cli import BadInput
 from lib.config import SUGGESTIONS
+from lib.train.randomness import preserved_generators
 
 SMOOTHING = 0.04  # width of the smoothing window (standard deviation), as a share of the test's length
-
-
 DIVERGED = 4  # the test ends where the loss is so many times its least value
+REMEDY = "pass --lr with a number, such as 0.01, or more --lr-iters"
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test saw, and the learning rates that fastai's four rules suggest from it."""
+    """What a range test saw."""
 
-    lrs: np.ndarray  # (n,) learning rate of each batch
-    losses: np.ndarray  # (n,) raw loss at each batch: its own before its step, or that of valid after it
+    lrs: np.ndarray  # (n,) learning rate of each update, of the last layer group
+    losses: np.ndarray  # (n,) raw loss of each update: its own before its step, or that of valid after it
     smooth_losses: np.ndarray  # (n,) the same, smoothed without delay
     epochs: int  # passes over the training images, complete or not, that it took
-    valley: float
-    steep: float
-    minimum: float
-    slide: float
+    num_it: int  # updates that were asked for
+
+    def trimmed(self):
+        """(rates, smoothed losses) as tensors, without the first tenth and the last five points, as fastai has it."""
+        n = len(self.lrs)
+        first, last = max(min(self.num_it // 10, n - 10), 0), max(n - 5, 10)
+        return torch.tensor(self.lrs[first:last]), torch.tensor(self.smooth_losses[first:last])
 
     @property
     def suggestions(self):
-        """{rule: learning rate}"""
-        return {name: getattr(self, name) for name in SUGGESTIONS}
+        """{rule: learning rate} by fastai's four rules."""
+        return {name: suggest(getattr(fastai_schedule, name), self)[0] for name in SUGGESTIONS}
 
 
-def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False):
-    """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
+class RangeTestCallback(Callback):
+    """Drives the mock training: one update for each rate, and the raw loss of each. Ends early where it diverges."""
 
-    One batch for each of `num_it` rates in geometric progression (or `linear`: in equal steps, as Smith's) from
-    `start_lr` to `end_lr`, in the order and with the augmentation of the epochs to come. The loss is that of the batch;
-    or, `on_valid`, of a sample of valid after the step, in eval mode. Ends early where it diverges. Raises BadInput
-    where it never falls.
-    """
-    if num_it < 10:
-        raise ValueError(f"a range test needs at least 10 batches, not {num_it}")
-    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
-    lrs, losses, epochs = run(learn, lrs, stop_div, on_valid)
-    smooth = smoothed(losses, num_it * SMOOTHING)
-    check_fall(losses, smooth)
-    return RangeTest(lrs, losses, smooth, epochs, **suggest(lrs, smooth, num_it))
+    order, train_only = -5, True  # before what depends on how many epochs were trained
+
+    def __init__(
+        self,
+        lrs,  # (n,) or (n, layer groups) rates
+        stop_div,  # whether it ends where the loss diverges
+        batches,  # of valid, whose loss is looked at after each update; none: that of the training batch
+    ):
+        self.rates, self.stop_div, self.batches, self.curve, self.best = lrs, stop_div, batches, [], math.inf
+
+    def before_fit(self):
+        self.started_at, self.group = self.learn.epochs_trained, []
+
+    def before_train(self):
+        self.learn.epochs_trained = self.started_at  # what a first epoch is like stays for the whole test
+        self.learn.dls.train.epoch = self.started_at + self.epoch
+
+    def before_batch(self):
+        if self.training:
+            self.opt.set_hypers(lr=self.rates[len(self.curve)].tolist())
+
+    def after_batch(self):
+        learn = self.learn
+        if not learn.training:
+            return
+        self.group.append(learn.loss.item())
+        if learn.updates_after(learn.iter):
+            self.curve.append(learn.evaluate(self.batches).values[0] if self.batches else np.mean(self.group))
+            self.group, recent = [], np.mean(self.curve[-5:])
+            self.best = min(self.best, recent)
+            if len(self.curve) == len(self.rates) or (self.stop_div and not recent <= DIVERGED * self.best):
+                raise CancelFitException
+
+    def before_validate(self):
+        raise CancelEpochException
 
 
 def run(learn, lrs, stop_div=True, on_valid=False):
-    """(rates, raw losses, epochs begun) of one mock training step a rate; leaves no trace in `learn`."""
-    dl, losses, epochs, best = learn.dls.train, [], 0, math.inf
-    if len(dl) == 0:
+    """(rates, raw losses, epochs begun) of one mock update a rate, on a copy; leaves no trace in `learn`."""
+    loader = learn.dls.train
+    if len(loader) == 0:
         raise BadInput("the range test needs at least one training batch")
-    epoch, dl.epoch = getattr(dl, "epoch", None), learn.epochs_trained
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(cuda):
-        probe = learn.probe()
-        probe.model.train()
-        held = [learn.dls.valid.plain(learn.dls.valid.bs)] if on_valid else []
+    epoch, generator = getattr(loader, "epoch", None), loader.rng
+    state = generator.getstate()
+    valid = learn.dls.valid if on_valid else None
+    sample = [valid.plain(valid.bs) if hasattr(type(valid), "plain") else valid.one_batch()] if on_valid else []
+    with preserved_generators():
         try:
-            while len(losses) < len(lrs):
-                epochs += 1
-                for i, batch in enumerate(dl):
-                    probe.opt.set_hypers(lr=float(lrs[len(losses)]))
-                    probe.one_batch(i, batch)
-                    losses.append(probe.loss_and_accuracy(held)[0] if on_valid else probe.loss.item())
-                    recent = np.mean(losses[-5:])
-                    best = min(best, recent)
-                    if len(losses) == len(lrs) or (stop_div and not recent <= DIVERGED * best):
-                        return np.asarray(lrs[: len(losses)]), np.array(losses), epochs
+            test = RangeTestCallback(lrs, stop_div, sample)
+            twin = learn.twin()
+            updates = -(-len(loader) // twin.accumulate)  # an epoch has
+            twin.fit(-(-len(lrs) // updates), cbs=test)
         finally:
-            dl.epoch = epoch
+            loader.rng = generator
+            generator.setstate(state)
+            if epoch is not None:
+                loader.epoch = epoch
+    n = len(test.curve)
+    return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1
+
+
+def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
+    """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
+
+    One update for each of `num_it` rates in geometric progression (or `linear`: in equal steps, as Smith's) from
+    `start_lr` to `end_lr`, in the order and with the augmentation of the epochs to come. The loss is that of the batch;
+    or, `on_valid`, of a sample of valid after the step, in eval mode. Ends early where it diverges. `look` is called
+    with the RangeTest before BadInput is raised for a curve that never falls.
+    """
+    if num_it < 10:
+        raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
+    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
+    lrs, losses, epochs = run(learn, lrs, stop_div, on_valid)
+    last = lrs[:, -1] if lrs.ndim == 2 else lrs
+    test = RangeTest(last, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it)
+    look(test)
+    check_fall(test.losses, test.smooth_losses)
+    return test
 
 
 def smoothed(losses, width):
     """`losses` (n,) under a Gaussian window of standard deviation `width` points. Centred, so that no feature moves."""
-    keep = np.isfinite(losses)
-    at = np.arange(len(losses))
-    weight = np.exp(-0.5 * ((at[:, None] - at) / max(width, 0.5)) ** 2) * keep
-    return weight @ np.where(keep, losses, 0) / np.maximum(weight.sum(1), 1e-12)
+    finite, position = np.isfinite(losses), np.arange(len(losses))
+    weight = np.exp(-0.5 * ((position[:, None] - position) / max(width, 0.5)) ** 2) * finite
+    return weight @ np.where(finite, losses, 0) / np.maximum(weight.sum(1), 1e-12)
 
 
 def check_fall(losses, smooth):
     """Raises BadInput where the curve has no fall that stands out of its noise."""
     head = max(len(losses) // 10, 3)
     if len(losses) < 10 or not np.isfinite(losses[:head]).all():
-        raise BadInput("--lr find: the loss diverged at once; pass --lr with a number, such as 0.01")
+        raise BadInput(f"--lr find: the loss diverged at once; {REMEDY}")
     noise = np.nanstd(np.where(np.isfinite(losses), losses - smooth, np.nan)[: int(smooth.argmin()) + 1])
     start = smooth[:head].mean()
-    fall = start - smooth.min()
-    if fall < max(0.02 * abs(start), noise):
-        raise BadInput(
-            f"--lr find: the loss never falls in the range test ({start:.3f} at first, {smooth.min():.3f} at best); "
-            "pass --lr with a number, or more --lr-iters"
-        )
+    if start - smooth.min() < max(0.02 * abs(start), noise):
+        seen = f"{start:.3f} at first, {smooth.min():.3f} at best"
+        raise BadInput(f"--lr find: the loss never falls in the range test ({seen}); {REMEDY}")
 
 
-def suggest(lrs, smooth, num_it):
-    """{rule: learning rate} by fastai's own functions, on the curve without its first tenth and last five points."""
-    from_, to = min(num_it // 10, len(lrs) - 10), max(len(lrs) - 5, 10)
-    x, y = torch.tensor(lrs[from_:to]), torch.tensor(smooth[from_:to])
-    rules = {name: getattr(fastai_schedule, name) for name in SUGGESTIONS}
-    rules["slide"] = partial(rules["slide"], lr_diff=min(15, len(x) - 2))  # its interval must fit a short curve
-    return {name: float(rule(x, y, num_it)[0]) for name, rule in rules.items()}
+def suggest(rule, test):
+    """(learning rate, point in the figure) that a rule of fastai's kind gives for a RangeTest."""
+    lrs, losses = test.trimmed()
+    if rule is fastai_schedule.slide:
+        rule = partial(rule, lr_diff=min(15, len(lrs) - 2))  # its interval must fit a short curve
+    lr, point = rule(lrs, losses, test.num_it)
+    return float(lr), point

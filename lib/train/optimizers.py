@@ -1,31 +1,8 @@
-"""Optimizers: torch's own, and which parameters decay."""
+"""Optimizers: torch's own behind fastai's face, in layer groups, with weight decay on weights alone."""
 
 import torch
-from torch import nn
-
-from lib.models import head
-
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-def decay_split(model):
-    """Two lists of parameters: those that weight decay acts on, and those it spares (norms and biases)."""
-    spared = [
-        p for m in model.modules() for n, p in m.named_parameters(recurse=False) if isinstance(m, NORMS) or n == "bias"
-    ]
-    ids = {id(p) for p in spared}
-    return [
-        [p for p in model.parameters() if p.requires_grad and id(p) not in ids],
-        [p for p in spared if p.requires_grad],
-    ]
-
-
-def body(model):
-    """The parameters that stay while a new head learns: all but those of the head and of norms (fastai's freeze)."""
-    learning = [m for m in model.modules() if isinstance(m, NORMS) or m is head(model)]
-    ids = {id(p) for m in learning for p in m.parameters(recurse=False)}
-    return [p for p in model.parameters() if id(p) not in ids]
-
+from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
+from fastcore.foundation import L
 
 OPTIMIZERS = {
     "sgd": lambda params, lr, mom: torch.optim.SGD(params, lr, mom),
@@ -33,4 +10,76 @@ OPTIMIZERS = {
     "rmsprop": lambda params, lr, mom: torch.optim.RMSprop(params, lr),
     "adagrad": lambda params, lr, mom: torch.optim.Adagrad(params, lr),
     "adam": lambda params, lr, mom: torch.optim.Adam(params, lr, (mom, 0.999)),
-}  # name -> function(parameter groups, learning rate, momentum); weight decay is set on all
+}  # name -> function(parameter groups, learning rate, momentum)
+EMBEDDINGS = ("class_token", "cls_token", "pos_embed", "pos_embedding", "relative_position_bias_table")
+
+
+def undecayed(model):
+    """The parameters that weight decay spares: biases, norms, and the tokens and positions of transformers."""
+    return [p for name, p in model.named_parameters() if p.ndim <= 1 or name.split(".")[-1] in EMBEDDINGS]
+
+
+class GroupHypers(dict):
+    """The hyperparameters of one layer group. What is written into it reaches the optimizer.
+
+    fastai's own wrapper returns copies, so its ReduceLROnPlateau changes nothing there (fastai issue 4046).
+    """
+
+    def __init__(self, optimizer, group, values):
+        super().__init__(values)
+        self.optimizer, self.group = optimizer, group
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        self.optimizer.set_in_group(self.group, name, value)
+
+
+class GroupedOptimizer(OptimWrapper):
+    """A torch optimizer as fastai sees one: a group for each group of layers, so slices and `freeze` mean layers.
+
+    Inside, torch has two groups for each of them: the parameters that decay, and those with `do_wd` False in `state`.
+    """
+
+    def __init__(
+        self,
+        params,  # lists of parameters, a list for each group of layers
+        lr,  # learning rate
+        opt,  # function(parameter groups, lr) -> torch optimizer
+        has_momentum=True,  # False: its momentum is 0, whatever a schedule sets
+    ):
+        super().__init__([list(group) for group in params], opt, lr=lr)
+        self.has_momentum = has_momentum
+        self.layers = L(list(group["params"]) for group in self.opt.param_groups)
+
+    def split_by_decay(self):
+        """Splits each group of layers in two. Call it once, when `state` says which parameters do not decay."""
+        groups = []
+        for group in self.opt.param_groups:
+            for decays in (True, False):
+                params = [p for p in group["params"] if self.state[p].get("do_wd", True) is decays]
+                groups.append({**group, "params": params})
+        self.opt.param_groups[:] = groups
+
+    @property
+    def param_lists(self):
+        return self.layers
+
+    @property
+    def hypers(self):
+        groups = self.opt.param_groups[::2]
+        named = [{self.fwd_map.get(k, k): v for k, v in detuplify_pg(group).items()} for group in groups]
+        none = {} if self.has_momentum else {"mom": 0.0}
+        return L(GroupHypers(self, i, {**values, **none}) for i, values in enumerate(named))
+
+    def _set_hyper(self, name, values):
+        for i, value in enumerate(values):
+            self.set_in_group(i, name, value)
+
+    def set_in_group(self, i, name, value):
+        """Sets a hyperparameter of the layer group `i`; weight decay where it acts, momentum where there is one."""
+        if name == "mom" and not self.has_momentum:
+            return
+        value = value.item() if hasattr(value, "item") else value  # numpy's numbers could not be loaded again
+        decaying, spared = self.opt.param_groups[2 * i : 2 * i + 2]
+        set_item_pg(decaying, self.bwd_map[name], value)
+        set_item_pg(spared, self.bwd_map[name], 0.0 if name == "wd" else value)

@@ -1,9 +1,10 @@
-"""Detecting a plateau, and what is done at one."""
+"""Detecting a plateau, and the learning rate that falls at one."""
 
 import math
 
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import ReduceLROnPlateau as FastaisReduceLROnPlateau
 
 
 class Plateau:
@@ -69,9 +70,17 @@ def plateau_options(config):
 
 def check_sole_owner(learn):
     """Raises ValueError where two callbacks of `learn` set the learning rate."""
-    owners = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) or getattr(type(cb), "owns_lr", False)]
+    schedules = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
+    ours = [cb for cb in learn.cbs if getattr(type(cb), "owns_lr", False)]
+    owners = [*schedules, *ours, *(cb for cb in learn.cbs if isinstance(cb, FastaisReduceLROnPlateau))]
     if len(owners) > 1:
-        raise ValueError("two owners of the learning rate: " + " and ".join(type(cb).__name__ for cb in owners))
+        names = " and ".join(type(cb).__name__ for cb in owners)
+        raise ValueError(f"two owners of the learning rate: {names}; leave one out")
+
+
+def warm_up(epochs_done, warmup_epochs):
+    """Gradual warm-up (Goyal et al., arXiv 1706.02677): a factor that rises from 1/4 to 1 in a straight line."""
+    return 1.0 if epochs_done >= warmup_epochs else 0.25 + 0.75 * epochs_done / warmup_epochs
 
 
 class ReduceLROnPlateau(Callback):
@@ -81,11 +90,11 @@ class ReduceLROnPlateau(Callback):
     epoch reduces. It is the only owner of the learning rate: raises ValueError beside fastai's schedulers.
     """
 
-    order, owns_lr = 60, True
+    order, owns_lr, train_only = 60, True, True
 
     def __init__(
         self,
-        monitor="valid_loss",  # a metric of the record
+        monitor="valid_loss",  # a name of `learn.recorder.metric_names`
         mode="min",  # min: lower is better; max
         factor=0.1,  # below 1
         patience=10,  # bad epochs forgiven
@@ -94,6 +103,7 @@ class ReduceLROnPlateau(Callback):
         cooldown=0,  # epochs after a reduction that are not counted
         min_lr=0.0,  # the rate does not go below
         eps=1e-8,  # a smaller change is not made
+        warmup_epochs=0.0,  # epochs in which the rate rises to its start
     ):
         if factor >= 1:
             raise ValueError(f"factor must be below 1, not {factor}")
@@ -101,35 +111,41 @@ class ReduceLROnPlateau(Callback):
         self.options = dict(
             mode=mode, threshold=threshold, threshold_mode=threshold_mode, patience=patience, cooldown=cooldown
         )
-        self.plateau = Plateau(**self.options)
+        self.plateau, self.warmup_epochs = Plateau(**self.options), warmup_epochs
 
     def before_fit(self):
         self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")  # as fastai's trackers
-        if not self.run:
-            return
-        check_sole_owner(self.learn)
-        self.plateau, self.reductions = Plateau(**self.options), []
+        if self.run:
+            check_sole_owner(self.learn)
+            self.plateau, self.reductions, self.warming = Plateau(**self.options), [], self.warmup_epochs > 0
+            self.rates = [h["lr"] for h in self.opt.hypers]
+
+    def before_batch(self):
+        if self.warming and self.training:
+            factor = warm_up(self.epoch + self.iter / self.n_iter, self.warmup_epochs)
+            self.opt.set_hypers(lr=[rate * factor for rate in self.rates])
+            self.warming = factor < 1
 
     def after_epoch(self):
         recorder = self.learn.recorder
-        found = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
-        if self.monitor not in found:
-            raise ValueError(f"monitor {self.monitor!r} is not among {', '.join(found)}")
-        if self.plateau.step(found[self.monitor]):
-            self.reduce()
+        values = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
+        if self.monitor not in values:
+            raise ValueError(f"monitor {self.monitor!r} is not among {', '.join(values)}")
+        if self.plateau.step(values[self.monitor]):
+            self.reduce(self.factor)
 
-    def reduce(self, factor=None):
-        old = [h["lr"] for h in self.opt.hypers]
-        new = [max(lr * (factor or self.factor), self.min_lr) for lr in old]
-        new = [n if o - n > self.eps else o for o, n in zip(old, new)]
-        self.opt.set_hypers(lr=new)
-        if new != old:
-            self.old_lr = old[0]
-            self.reductions.append((self.epoch + 1, new[0]))
+    def reduce(self, factor):
+        """Multiplies the rate of each layer group by `factor`, within `min_lr` and `eps`."""
+        smaller = [max(rate * factor, self.min_lr) for rate in self.rates]
+        new = [s if rate - s > self.eps else rate for rate, s in zip(self.rates, smaller)]
+        if new != self.rates:
+            self.old_lr, self.rates = self.rates[-1], new
+            self.reductions.append((self.epoch + 1, new[-1]))
+            self.opt.set_hypers(lr=new)
 
     def state_dict(self):
-        return {"plateau": self.plateau.state_dict(), "reductions": list(self.reductions)}
+        return {"plateau": self.plateau.state_dict(), "reductions": list(self.reductions), "rates": list(self.rates)}
 
     def load_state_dict(self, state):
         self.plateau.load_state_dict(state["plateau"])
-        self.reductions = [tuple(r) for r in state["reductions"]]
+        self.reductions, self.rates = [tuple(r) for r in state["reductions"]], list(state["rates"])

@@ -15,6 +15,10 @@ from lib.machine import launched
 TIMEOUT = timedelta(hours=2)  # the others wait as long while the first decodes images or tests learning rates
 
 
+class Lost(OneLine):
+    """Another process of the run ended (exit status 1)."""
+
+
 @contextmanager
 def joined(device):
     """Joins the processes that torchrun started, for one run: gloo between CPUs, nccl between GPUs.
@@ -40,10 +44,6 @@ def joined(device):
     dist.destroy_process_group()
 
 
-class Lost(OneLine):
-    """Another process of the run ended (exit status 1)."""
-
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -56,6 +56,11 @@ def world():
 def leads():
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def on_first(function, elsewhere=None):
+    """`function`, which only the first rank runs. On the others a call does nothing and gives `elsewhere`."""
+    return function if leads() else lambda *args, **kwargs: elsewhere
 
 
 def total(values):
@@ -81,9 +86,18 @@ def same(value):
         torch.save(value, content)
     size = torch.tensor([content.tell()])
     dist.broadcast(size, 0)
-    found = torch.frombuffer(bytearray(content.getvalue() or bytes(int(size))), dtype=torch.uint8)
-    dist.broadcast(found, 0)
-    return torch.load(io.BytesIO(found.numpy().tobytes()), map_location="cpu", weights_only=True)
+    received = torch.frombuffer(bytearray(content.getvalue() or bytes(int(size))), dtype=torch.uint8)
+    dist.broadcast(received, 0)
+    return torch.load(io.BytesIO(received.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+def gathered(part, sizes):
+    """The rows of all ranks, one rank after another; `sizes` says how many of each count. Every rank gets the same."""
+    padded = part.new_zeros(max(*sizes, len(part)), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([rows[:n] for rows, n in zip(parts, sizes)])
 
 
 @contextmanager
@@ -105,28 +119,41 @@ class DataParallel(Callback):
     """Trains one model on several ranks, as one process would: each has its slice of every batch.
 
     Slices may be uneven: DistributedDataParallel takes the mean of the ranks' gradients, so a rank's loss counts by its
-    share of the batch's images. BatchNorm sees its rank's slice alone; the first rank's running statistics are kept.
+    share of the batch's images. In validation predictions and targets of all ranks are brought together, so loss and
+    metrics see whole batches. BatchNorm sees its rank's slice alone; the first rank's running statistics are kept.
     """
 
-    order = 30
+    order = 90  # after what freezes parameters: DistributedDataParallel waits for the gradient of each that learns
 
     def before_fit(self):
-        learn = self.learn
-        for dl in learn.dls:
+        self.learning = None
+        for dl in self.learn.dls:
             dl.rank, dl.world = rank(), world()
-        device = next(learn.model.parameters()).device
-        learn.parallel = DistributedDataParallel(learn.model, [device] if device.type == "cuda" else None)
+
+    def before_train(self):
+        learn = self.learn
+        learning = [id(p) for p in learn.model.parameters() if p.requires_grad]
+        if learning != self.learning:
+            device, self.learning, learn.parallel = next(learn.model.parameters()).device, learning, None
+            learn.parallel = DistributedDataParallel(learn.model, [device] if device.type == "cuda" else None)
+
+    def after_pred(self):
+        learn = self.learn
+        if not learn.training and getattr(learn.dl, "world", 1) > 1:
+            n = learn.dl.in_batch(learn.iter)
+            sizes = [n // world() + (r < n % world()) for r in range(world())]
+            learn.pred, learn.yb = gathered(learn.pred, sizes), tuple(gathered(y, sizes) for y in learn.yb)
 
     def after_loss(self):
         learn = self.learn
         if learn.training:
-            share = learn.dl.own(learn.iter) / learn.dl.in_batch(learn.iter)
+            share = learn.dl.share(learn.iter) / learn.dl.in_batch(learn.iter)
             learn.loss_grad = learn.loss_grad * (share * world())
 
     def after_train(self):
-        for model in filter(None, (self.learn.model, self.learn.average)):
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        average = getattr(self.learn, "ema", None)
+        for tensor in (*self.learn.model.buffers(), *(average.average if average else ())):
+            dist.broadcast(tensor, 0)
 
     def after_fit(self):
         self.learn.parallel = None

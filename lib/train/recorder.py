@@ -1,85 +1,153 @@
-"""The record of a fit, and what is printed while it runs."""
+"""The record of a fit: fastai's Recorder with true means, the test set, and a guard against divergence."""
 
 import math
 import time
 
 import torch
 from fastai.callback.core import Callback
-from tqdm import tqdm
+from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
+from fastai.torch_core import find_bs
+from fastcore.foundation import L
+from fastprogress.fastprogress import format_time
 
 from lib.cli import OneLine
 from lib.train import ranks
-from lib.train.plateau import ReduceLROnPlateau
+from lib.train.plateau import check_sole_owner
 
 CHECK_EVERY = 50  # batches between looks at the losses: each look waits for the device
 
 
 class Diverged(OneLine):
-    """The training loss is not finite any more (exit status 3); names the epoch, batch and rate where it began."""
+    """The training loss is not finite any more (exit status 3). Names the epoch, batch and rate where it began."""
 
 
-class EpochRecorder(Callback):
-    """The record of a fit, and its guard against a loss that is not finite.
+def diverged(name, value, place, batch, lr):
+    where = f"{name} is {value} {place}, batch {batch}, lr {lr:.3g}"
+    return Diverged(f"{where}; try a smaller learning rate, such as --lr {lr / 10:.1g}")
 
-    `rows` has a dict an epoch: the columns of results.csv. `train_loss` is the mean over the epoch's images, each with
-    the loss it had when it was trained on (fastai's is a moving average); `train_acc` is of the same augmented batches.
+
+def n_correct(pred, targets):
+    """How many of the predictions are right, a tensor that stays on its device; nan where targets are no classes."""
+    if not targets or pred.ndim != 2 or targets[0].ndim != 1 or targets[0].is_floating_point():
+        return torch.tensor(math.nan, device=pred.device)
+    return (pred.argmax(1) == targets[0]).sum()
+
+
+def value_of(metric):
+    """The value of a fastai metric as a plain number where it is one; None where it has seen nothing."""
+    value = metric.value
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's moving average of the loss. It stays on the device, so no step waits for it."""
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean().float()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class Evaluation(Callback):
+    """Loss, accuracy and metrics of one pass over a set."""
+
+    order = 50
+
+    def __init__(self, metrics):
+        self.scores = [AvgLoss(), *metrics]
+
+    def before_validate(self):
+        self.correct, self.n = 0, 0
+        for score in self.scores:
+            score.reset()
+
+    def after_batch(self):
+        if not self.training and len(self.yb):
+            self.correct, self.n = self.correct + n_correct(self.pred, self.yb), self.n + find_bs(self.yb)
+            for score in self.scores:
+                score.accumulate(self.learn)
+
+    @property
+    def values(self):
+        """[loss, metrics …]"""
+        return L(self.scores).map(value_of)
+
+    @property
+    def accuracy(self):
+        """The share of correct predictions; None before the first batch."""
+        return float(self.correct) / self.n if self.n else None
+
+
+class EpochRecorder(Recorder):
+    """fastai's Recorder, with `train_loss` as the mean over the epoch's images (fastai's is a moving average).
+
+    `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. Its columns that fastai does not
+    have follow the metrics in `metric_names` and `values`. `hps` has learning rate and momentum of each step.
     Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches and at the end.
     """
 
-    name, order = "recorder", 50
+    name = "recorder"
 
-    def __init__(self):
-        self.reset()
+    def __init__(self, add_time=True, train_metrics=False, valid_metrics=True, beta=0.98):
+        super().__init__(add_time, train_metrics, valid_metrics, beta)
+        self.smooth_loss, self.rows, self.hps = SmoothLoss(beta), [], {"lr": [], "mom": []}
+        self.lrs, self.iters, self.losses, self.values = [], [], [], []
+        self.under_way, self.start = None, time.perf_counter()
 
-    def reset(self):
-        self.rows, self.start, self.pending = [], time.perf_counter(), []
+    @property
+    def steps(self):
+        """(learning rate, momentum) of each step of the fit."""
+        return list(zip(self.hps["lr"], self.hps["mom"]))
 
-    def state_dict(self):
-        return {"rows": self.rows}
+    def before_fit(self):
+        check_sole_owner(self.learn)
+        super().before_fit()
+        self.evaluation = Evaluation(self.metrics if self.valid_metrics else [])
+        self.evaluation.learn = self.learn
+        self.columns = ["lr", "train_acc", "valid_acc"]
+        if getattr(self.dls, "test", None) is not None:
+            self.columns += ["test_loss", "test_acc"]
+        names = [name for name in self.metric_names if name != "time"]
+        self.metric_names = L(*names, *self.columns, *(["time"] if self.add_time else []))
+        self.rows, self.hps, self.start = [], {"lr": [], "mom": []}, time.perf_counter()
+        self.under_way, self.pending, self.row = None, [], {}
 
-    def load_state_dict(self, state):
-        self.rows = list(state["rows"])
-        self.start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
-
-    def partial(self):
-        """The record of the epoch that is under way, as plain values."""
-        self.check()
-        seconds = time.perf_counter() - self.start
-        return {"now": self.now, "sums": [self.loss_sum, self.correct, self.n], "seconds": seconds}
-
-    def go_on(self, partial):
-        """Takes up the record of an epoch where `partial` left it; call it behind `before_train`."""
-        self.now, (self.loss_sum, self.correct, self.n) = dict(partial["now"]), partial["sums"]
-        self.start = time.perf_counter() - partial["seconds"]
+    def before_epoch(self):
+        super().before_epoch()
+        self.row, self.trained, self.evaluated = {"epoch": self.epoch + 1, "seconds": None}, [], []
+        self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
 
     def before_train(self):
-        hypers = self.opt.hypers[0]
-        self.dl.epoch = self.learn.epochs_trained
-        self.now = {
-            "epoch": self.epoch + 1,
-            "seconds": None,
-            "lr": hypers["lr"],
-            "momentum": hypers.get("mom", 0.0),
-            "batch_size": getattr(self.dl, "bs", None) or self.dl.batch_size,
-        }
-        self.loss_sum, self.correct, self.n, self.n_batches = 0.0, 0, 0, len(self.dl)
+        super().before_train()
+        hypers = self.opt.hypers[-1]
+        self.row |= {"lr": hypers["lr"], "momentum": hypers.get("mom", 0.0), "batch_size": self.dl.bs}
+        if self.under_way:
+            self.row, self.sums, self.under_way = dict(self.under_way["row"]), self.under_way["sums"], None
 
-    def before_batch(self):
-        learn = self.learn
-        if learn.training:  # the schedule has set what this step is made with; behind it a warm-up takes its part back
-            vars(self)["rate"] = learn.opt.opt.param_groups[0]["lr"]
-            if learn.iter == 0:
-                self.now |= {"lr": self.rate, "momentum": learn.opt.hypers[0].get("mom", 0.0)}
+    def before_validate(self):
+        self.evaluation.before_validate()
 
     def after_batch(self):
         learn = self.learn
         if not learn.training:
-            return
-        n = learn.dl.own(learn.iter) if learn.parallel else len(learn.yb[0])
-        correct = (learn.pred.detach().argmax(-1) == learn.yb[0]).sum()
-        self.pending.append((learn.iter, self.rate, n, learn.loss, correct))
-        if len(self.pending) >= CHECK_EVERY:
-            self.check()
+            self.evaluation.after_batch()
+        elif len(learn.yb):
+            hypers = learn.opt.hypers[-1]
+            lr, momentum = hypers["lr"], hypers.get("mom", 0.0)
+            if learn.iter == 0:
+                self.row |= {"lr": lr, "momentum": momentum}
+            n = learn.dl.share(learn.iter) if learn.parallel else find_bs(learn.yb)
+            loss = learn.loss.detach().mean()
+            self.pending.append((learn.iter, lr, n, loss, n_correct(learn.pred.detach(), learn.yb)))
+            self.smooth_loss.accumulate(learn)
+            learn.smooth_loss = self.smooth_loss.value
+            self.losses.append(learn.smooth_loss)
+            self.lrs.append(lr)
+            self.hps["lr"].append(lr), self.hps["mom"].append(momentum)
+            for metric in self._train_mets[1:]:
+                metric.accumulate(learn)
+            if len(self.pending) >= CHECK_EVERY:
+                self.check()
 
     def check(self):
         """Adds up the batches since the last look. Raises Diverged naming the first whose loss is not finite."""
@@ -94,100 +162,62 @@ class EpochRecorder(Callback):
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
             i = int(bad[0])
-            raise Diverged(
-                f"the loss is {losses[i].item()} at epoch {self.epoch + 1}, batch {batches[i] + 1}, lr {lrs[i]:.3g}; "
-                f"try a smaller --lr, such as {lrs[i] / 10:.1g}"
-            )
-        self.loss_sum += sums[0].sum().item()
-        self.correct += int(sums[1].sum())
-        self.n += int(sums[2].sum())
+            raise diverged("the loss", losses[i].item(), f"at epoch {self.epoch + 1}", batches[i] + 1, lrs[i])
+        self.sums = [self.sums[0] + sums[0].sum().item(), self.sums[1] + sums[1].sum().item(), self.sums[2]]
+        self.sums[2] += int(sums[2].sum())
         self.latest, self.pending = {"loss": losses.mean().item(), "acc": (sums[1].sum() / sums[2].sum()).item()}, []
 
     def after_train(self):
         self.check()
-        if self.n:
-            self.now |= {"train_loss": self.loss_sum / self.n, "train_acc": self.correct / self.n}
-        self.learn.epochs_trained += 1
+        loss, correct, n = self.sums
+        if n:
+            self.row |= {"train_loss": loss / n, "train_acc": correct / n}
+        self.trained = [self.row.get("train_loss"), *(value_of(m) for m in self._train_mets[1:])]
 
-    def record_evaluation(self, name, loss, acc):
-        self.now |= {f"{name}_loss": loss, f"{name}_acc": acc}
+    def after_validate(self):
+        self.evaluated = list(self.evaluation.values) if self.valid_metrics else []
+        loss, accuracy = self.evaluation.values[0], self.evaluation.accuracy
+        self.row |= {"valid_loss": loss, "valid_acc": accuracy}
+
+    def record_test(self, loss, accuracy):
+        """Takes the loss and accuracy on test of the epoch under way."""
+        self.row |= {"test_loss": loss, "test_acc": accuracy}
 
     def after_epoch(self):
-        for name, value in self.now.items():
-            if name.endswith("_loss") and not math.isfinite(value):  # what the epoch's last step did
-                raise Diverged(
-                    f"{name} is {value} after epoch {self.epoch + 1}, batch {self.n_batches}, lr {self.now['lr']:.3g}; "
-                    f"try a smaller --lr, such as {self.now['lr'] / 10:.1g}"
+        for name, value in self.row.items():
+            if name.endswith("_loss") and value is not None and not math.isfinite(value):  # the last step did it
+                raise diverged(
+                    name, value, f"after epoch {self.row['epoch']}", len(self.learn.dls.train), self.row["lr"]
                 )
-        self.now["seconds"] = time.perf_counter() - self.start
-        self.rows.append(self.now)
+        self.row["seconds"] = time.perf_counter() - self.start
+        n_fastais = len(self.metric_names) - 1 - len(self.columns) - self.add_time
+        values = [*self.trained, *self.evaluated] if self.trained else [None] * n_fastais
+        values += [None] * (n_fastais - len(values))
+        self.row |= {n: v for n, v in zip(self.metric_names[1:], values) if n not in self.row}
+        self.rows.append(self.row)
+        self.learn.final_record = L(*values, *(self.row.get(name) for name in self.columns))
+        self.values.append(self.learn.final_record)
+        self.iters.append(self.smooth_loss.count)
+        time_taken = [format_time(time.time() - self.start_epoch)] if self.add_time else []
+        self.logger(L(self.epoch, *self.learn.final_record, *time_taken))
 
-    @property
-    def metric_names(self):
-        """As fastai's Recorder has it: the names of `values`, behind 'epoch'."""
-        return ["epoch", *self.values_of(self.rows[-1] if self.rows else {}), "time"]
+    def state_dict(self):
+        """The record so far, that of the epoch under way included, as plain values and a tensor."""
+        under_way = None
+        if len(self.rows) == 0 or self.rows[-1] is not self.row:
+            under_way = {"row": {**self.row, "seconds": time.perf_counter() - self.start}, "sums": list(self.sums)}
+        return {"rows": self.rows, "under_way": under_way, "steps": torch.tensor(self.steps, dtype=torch.float64)}
 
-    @property
-    def values(self):
-        """As fastai's Recorder has it: a list of numbers an epoch."""
-        return [list(self.values_of(row).values()) for row in self.rows]
+    def load_state_dict(self, state):
+        self.rows, self.under_way = list(state["rows"]), state["under_way"]
+        self.values = [L(row.get(name) for name in self.metric_names[1:] if name != "time") for row in self.rows]
+        lrs, momenta = state["steps"].reshape(-1, 2).T.tolist()
+        last = self.under_way["row"] if self.under_way else self.rows[-1]
+        self.hps, self.start = {"lr": lrs, "mom": momenta}, time.perf_counter() - last["seconds"]
 
-    @staticmethod
-    def values_of(row):
-        return {k: v for k, v in row.items() if k.endswith(("_loss", "_acc"))}
+    def plot_lr_find(self, *args, **kwargs):
+        """As fastai's; returns the figure, which fastai's does not."""
+        from matplotlib import pyplot
 
-
-class Progress(Callback):
-    """A line an epoch; on a terminal a bar over its batches as well."""
-
-    order = 65
-
-    def __init__(
-        self,
-        bar=True,  # whether a bar may be drawn; it is where stderr is a terminal
-        on_epoch=None,  # called with the rows so far after each epoch
-    ):
-        self.bar, self.on_epoch = bar, on_epoch
-
-    def before_train(self):
-        desc = f"epoch {self.epoch + 1}/{self.n_epoch}"
-        options = dict(unit="batch", leave=False, mininterval=0.2, disable=None if self.bar else True)
-        self.tqdm = tqdm(total=len(self.dls.train), initial=self.learn.first_batch, desc=desc, **options)
-
-    def after_batch(self):
-        if self.training:
-            self.tqdm.update()
-            record = self.recorder
-            if not record.pending:
-                done = (self.epoch + (self.iter + 1) / self.n_iter) / self.n_epoch
-                left = tqdm.format_interval((time.perf_counter() - record.start) * (1 - done) / done)  # of all epochs
-                latest = {name: f"{value:.3f}" for name, value in record.latest.items()}
-                self.tqdm.set_postfix(**latest, lr=f"{record.rate:.3g}", left=left)
-
-    def after_train(self):
-        self.close()
-
-    def close(self):
-        """Takes the bar off the screen."""
-        if hasattr(self, "tqdm"):
-            self.tqdm.close()
-
-    def after_epoch(self):
-        rows = self.recorder.rows
-        print(epoch_line(rows[-1], self.n_epoch), flush=True)
-        owner = next((cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)), None)
-        for name, changes in (("lr", owner.reductions), ("batch_size", getattr(owner, "growths", []))) if owner else ():
-            if changes and changes[-1][0] == rows[-1]["epoch"]:
-                old = owner.old_lr if name == "lr" else rows[-1][name]
-                change = f"{name.replace('_', ' ')} {old:.4g} -> {changes[-1][1]:.4g}"
-                print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
-        if self.on_epoch:
-            self.on_epoch(rows)
-
-
-def epoch_line(row, n_epoch):
-    parts = [f"epoch {row['epoch']:>{len(str(n_epoch))}}/{n_epoch}  lr {row['lr']:.3g}"]
-    for name in ("train", "valid", "test"):
-        if f"{name}_acc" in row:
-            parts.append(f"{name} loss {row[f'{name}_loss']:.4f} acc {row[f'{name}_acc']:.4f}")
-    return "  ".join([*parts, f"{row['seconds']:.0f} s"])
+        super().plot_lr_find(*args, **kwargs)
+        return pyplot.gcf()

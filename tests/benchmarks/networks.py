@@ -91,7 +91,8 @@ def train(args, seed, steps, dls, autocast, lr):
     """Valid accuracy of a network of `args` after `steps` batches of one cycle."""
     torch.manual_seed(seed)
     model = network(args, dls)
-    decayed, spared = optimizers.decay_split(model)
+    spared = optimizers.undecayed(model)
+    decayed = [p for p in model.parameters() if not any(p is q for q in spared)]
     groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": spared, "weight_decay": 0}]
     opt = torch.optim.SGD(groups, lr, 0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, cycle_momentum=False, pct_start=0.25)

@@ -38,12 +38,13 @@ from torch import nn
 from lib import config, machine
 from lib.data import loader
 from lib.models import zoo
-from lib.train import averaging, checkpoint, learner, lr_range, recorder, schedules
+from lib.train import averaging, checkpoint, learner, lr_range, progress, schedules
 from tests.benchmarks.common import generate, save, subset
 
 ROOT = Path(__file__).parents[2]
 FIRST_STEP = """
 import os, sys, time, resource
+from lib.train import learner
 def step(self, *args):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
     os._exit(0)
@@ -173,7 +174,7 @@ class Ours:
         model = network(settings.model, len(self.dls.vocab), self.dls.train.plain()[0])
         self.learn = learner.build(settings, self.dls, model, precision, cbs=[Timed()])
         self.learn.add_cbs(
-            [averaging.KeepBest(), recorder.Progress(), checkpoint.Checkpoint(folder / "last.pt")],
+            [averaging.KeepBest(), progress.EpochLines(), checkpoint.Checkpoint(folder / "last.pt")],
         )
         self.settings, self.images = settings, len(self.dls.train.dataset)
 
@@ -190,7 +191,7 @@ class Ours:
 
     def evaluation(self):
         start = clock(self.dls.device)
-        self.learn.loss_and_accuracy(self.dls.test)
+        self.learn.evaluate(self.dls.test)
         return len(self.dls.test.dataset) / (clock(self.dls.device) - start)
 
     def range_test(self):
@@ -214,7 +215,7 @@ class Ceiling:
         self.model.train()
         start = clock(self.x.device)
         for _ in range(self.steps):
-            with self.learn.autocast():
+            with torch.autocast(self.x.device.type, self.learn.dtype, enabled=self.learn.dtype is not torch.float32):
                 out = self.model(self.x)
             nn.functional.cross_entropy(out.float(), self.y).backward()
             self.opt.step()
@@ -224,7 +225,7 @@ class Ceiling:
     def evaluation(self):
         self.model.eval()
         start = clock(self.x.device)
-        with torch.no_grad(), self.learn.autocast():
+        with torch.no_grad(), torch.autocast(self.x.device.type, self.learn.dtype):
             for _ in range(self.steps):
                 self.model(self.x)
         return self.steps * len(self.y) / (clock(self.x.device) - start)

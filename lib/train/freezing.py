@@ -1,0 +1,46 @@
+"""Parameters that do not learn in some epochs. What stays is a function of the epochs trained, as resuming needs it."""
+
+from fastai.callback.core import Callback
+
+
+class Freeze(Callback):
+    """fastai's freeze for the first epochs of training: the head and the norms learn, the body stays."""
+
+    order, train_only = 60, True
+
+    def __init__(
+        self,
+        epochs,  # so many, counted over all fits
+    ):
+        self.epochs = epochs
+
+    def before_train(self):
+        if self.learn.epochs_trained < self.epochs:
+            self.opt.freeze_to(-1)
+        elif self.opt.frozen_idx:
+            self.opt.unfreeze()
+
+    def after_fit(self):
+        self.opt.unfreeze()
+
+
+class Hold(Callback):
+    """Holds `parameters` from some epoch on: they get no gradient, so no optimizer touches them or their state."""
+
+    order, train_only = 61, True
+
+    def __init__(
+        self,
+        parameters,  # those that stay
+        first_epoch,  # the first epoch in which they do, counted from 0 over all fits
+    ):
+        self.parameters, self.first_epoch, self.held = list(parameters), first_epoch, []
+
+    def before_train(self):
+        if self.learn.epochs_trained >= self.first_epoch:
+            self.held += [p.requires_grad_(False) for p in self.parameters if p.requires_grad]
+
+    def after_fit(self):
+        for p in self.held:
+            p.requires_grad_(True)
+        self.held = []

@@ -1,0 +1,64 @@
+"""What is printed while a fit runs: a line an epoch and, on a terminal, a bar over its batches."""
+
+import time
+
+from fastai.callback.core import Callback
+from tqdm import tqdm
+
+from lib.train.plateau import ReduceLROnPlateau
+
+
+class EpochLines(Callback):
+    """A line an epoch; on a terminal a bar over its batches as well."""
+
+    order, train_only = 65, True
+
+    def __init__(
+        self,
+        bar=True,  # whether a bar may be drawn; it is drawn where stderr is a terminal
+        on_epoch=None,  # called with the rows so far after each epoch
+    ):
+        self.bar, self.on_epoch, self.tqdm = bar, on_epoch, None
+
+    def before_train(self):
+        desc = f"epoch {self.epoch + 1}/{self.n_epoch}"
+        options = dict(unit="batch", leave=False, mininterval=0.2, disable=None if self.bar else True)
+        self.tqdm = tqdm(total=len(self.dls.train), initial=self.learn.first_batch, desc=desc, **options)
+
+    def after_batch(self):
+        if self.training:
+            self.tqdm.update()
+            record = self.learn.recorder
+            if not record.pending:
+                done = (self.epoch + (self.iter + 1) / self.n_iter) / self.n_epoch
+                left = tqdm.format_interval((time.perf_counter() - record.start) * (1 - done) / done)  # of all epochs
+                latest = {name: f"{value:.3f}" for name, value in record.latest.items()}
+                self.tqdm.set_postfix(**latest, lr=f"{record.lrs[-1]:.3g}", left=left)
+
+    def after_train(self):
+        self.after_fit()
+
+    def after_fit(self):
+        if self.tqdm is not None:
+            self.tqdm.close()
+
+    def after_epoch(self):
+        rows = self.learn.recorder.rows
+        print(epoch_line(rows[-1], self.n_epoch), flush=True)
+        owner = next((cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)), None)
+        for name, changes in (("lr", owner.reductions), ("batch_size", getattr(owner, "growths", []))) if owner else ():
+            if changes and changes[-1][0] == rows[-1]["epoch"]:
+                old = owner.old_lr if name == "lr" else rows[-1][name]
+                change = f"{name.replace('_', ' ')} {old:.4g} -> {changes[-1][1]:.4g}"
+                print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
+        if self.on_epoch:
+            self.on_epoch(rows)
+
+
+def epoch_line(row, n_epoch):
+    """The line of an epoch."""
+    parts = [f"epoch {row['epoch']:>{len(str(n_epoch))}}/{n_epoch}  lr {row['lr']:.3g}"]
+    for name in ("train", "valid", "test"):
+        if f"{name}_acc" in row:
+            parts.append(f"{name} loss {row[f'{name}_loss']:.4f} acc {row[f'{name}_acc']:.4f}")
+    return "  ".join([*parts, f"{row['seconds']:.0f} s"])
