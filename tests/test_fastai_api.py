@@ -20,7 +20,10 @@ from fastai.vision.all import (
     Adam,
     BnFreeze,
     Callback,
+    CancelEpochException,
     CancelFitException,
+    CancelTrainException,
+    CancelValidException,
     CategoryBlock,
     ChannelsLast,
     CollectDataCallback,
@@ -468,6 +471,34 @@ def test_what_callbacks_set_is_undone_however_the_fit_ends(learner, error):
     assert type(learn.loss_func).__name__ == "CrossEntropyLossFlat" and not learn.fitting
     learn.fit(1, 0.05)
     assert len(learn.recorder.rows) == 1 and learn.recorder.rows[0]["batch_size"] == 16
+
+
+@pytest.mark.parametrize("event", ["before_train", "after_batch", "before_validate", "before_epoch"])
+def test_a_part_of_an_epoch_may_be_cancelled(learner, event):
+    """Of the second epoch: the columns stay where they are, and what was not measured is None."""
+    kind = {"before_validate": CancelValidException, "before_epoch": CancelEpochException}.get(
+        event, CancelTrainException
+    )
+
+    class Cancel(Callback):
+        def look(self):
+            if self.epoch == 1 and (event != "after_batch" or self.training):
+                raise kind
+
+    setattr(Cancel, event, Cancel.look)
+    learn = learner(metrics=[accuracy, F1Score(average="macro")])
+    learn.fit(3, 0.05, cbs=Cancel())
+    names = list(learn.recorder.metric_names[1:-1])
+    first, second, third = (dict(zip(names, values, strict=True)) for values in learn.recorder.values)
+    assert None not in (*first.values(), *third.values())
+    missing = {name for name, value in second.items() if value is None}
+    trained, validated = {"train_loss", "train_acc"}, {"valid_loss", "accuracy", "f1_score", "valid_acc"}
+    assert (
+        missing
+        == {"before_validate": validated, "before_epoch": set(names), "before_train": trained, "after_batch": trained}[
+            event
+        ]
+    )
 
 
 def test_a_fit_begins_at_start_epoch(learner):

@@ -158,6 +158,8 @@ class AlbumentationsTransform(Transform):
         return image if fits else self.cropped(image)
 
     def cropped(self, image):
+        if getattr(image, "shape", None) == (self.size, self.size, 3) and image.dtype == np.uint8:
+            return image
         shape, kind = getattr(image, "shape", ()), getattr(image, "dtype", type(image))
         if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape[:2]) < self.size:
             needed = f"uint8 (h, w, 3) of at least {self.size} pixels"

@@ -108,6 +108,3 @@ def centre(image, size):
 def batch_size(size):
     """Images of `size` pixels that are evaluated at a time."""
     return max(1, min(500, 500 * 64**2 // size**2))
-
-
-decode, fit = read, resized  # to be removed with the last import of them, in lib/predict.py

@@ -183,10 +183,11 @@ class StoreDL(TfmdDL):
         return self.batch_of(idxs)
 
     def batch_of(self, idxs):
-        seen, again = Counter(), []
-        for i in idxs:  # an image that comes again is seen as in epochs to come
-            again.append(seen[i])
-            seen[i] += 1
+        again, seen = [0] * len(idxs), Counter()
+        if len(set(idxs)) < len(idxs):  # an image that comes again is seen as in epochs to come
+            for place, i in enumerate(idxs):
+                again[place] = seen[i]
+                seen[i] += 1
         if self.is_fast(idxs):
             return self.whole_batch(idxs, again)
         items = [item for item in map(self.do_item, idxs, again) if item is not None]

@@ -55,6 +55,7 @@ class Evaluation(Callback):
 
     def __init__(self, metrics):
         self.scores = [AvgLoss(), *metrics]
+        self.before_validate()
 
     def before_validate(self):
         self.correct, self.n = 0, 0
@@ -116,6 +117,7 @@ class EpochRecorder(Recorder):
         super().before_epoch()
         self.row, self.trained, self.evaluated = {"epoch": self.epoch + 1, "seconds": None}, [], []
         self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
+        self.evaluation.before_validate()
 
     def before_train(self):
         super().before_train()
