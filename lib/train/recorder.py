@@ -111,18 +111,26 @@ class EpochRecorder(Recorder):
         names = [name for name in self.metric_names if name != "time"]
         self.metric_names = L(*names, *self.columns, *(["time"] if self.add_time else []))
         self.rows, self.hps, self.start = [], {"lr": [], "mom": []}, time.perf_counter()
-        self.under_way, self.pending, self.row = None, [], {}
+        self.under_way = None
+        self.begin_row()
 
-    def before_epoch(self):
-        super().before_epoch()
-        self.row, self.trained, self.evaluated = {"epoch": self.epoch + 1, "seconds": None}, [], []
+    def begin_row(self):
+        """Makes room for the next epoch, which callbacks may cancel in part or as a whole."""
+        hypers = self.opt.hypers[-1]
+        self.row = {"epoch": None, "seconds": None, "lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
+        self.in_epoch, self.trained, self.evaluated = False, [None] * (1 + len(self.train_scores)), []
         self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
         self.evaluation.before_validate()
 
+    @property
+    def train_scores(self):
+        """The metrics that are taken in training too."""
+        return self.metrics if self.train_metrics else L()
+
     def before_train(self):
         super().before_train()
-        hypers = self.opt.hypers[-1]
-        self.row |= {"lr": hypers["lr"], "momentum": hypers.get("mom", 0.0), "batch_size": self.dl.bs}
+        self.in_epoch = True
+        self.row |= {"epoch": self.epoch + 1, "batch_size": self.dl.bs}
         if self.under_way:
             self.row, self.sums, self.under_way = dict(self.under_way["row"]), self.under_way["sums"], None
 
@@ -146,7 +154,7 @@ class EpochRecorder(Recorder):
             self.losses.append(learn.smooth_loss)
             self.lrs.append(lr)
             self.hps["lr"].append(lr), self.hps["mom"].append(momentum)
-            for metric in self._train_mets[1:]:
+            for metric in self.train_scores:
                 metric.accumulate(learn)
             if len(self.pending) >= CHECK_EVERY:
                 self.check()
@@ -174,7 +182,7 @@ class EpochRecorder(Recorder):
         loss, correct, n = self.sums
         if n:
             self.row |= {"train_loss": loss / n, "train_acc": correct / n}
-        self.trained = [self.row.get("train_loss"), *(value_of(m) for m in self._train_mets[1:])]
+        self.trained = [self.row.get("train_loss"), *map(value_of, self.train_scores)]
 
     def after_validate(self):
         self.evaluated = list(self.evaluation.values) if self.valid_metrics else []
@@ -186,6 +194,7 @@ class EpochRecorder(Recorder):
         self.row |= {"test_loss": loss, "test_acc": accuracy}
 
     def after_epoch(self):
+        self.row["epoch"] = self.epoch + 1
         for name, value in self.row.items():
             if name.endswith("_loss") and value is not None and not math.isfinite(value):  # the last step did it
                 raise diverged(
@@ -193,7 +202,7 @@ class EpochRecorder(Recorder):
                 )
         self.row["seconds"] = time.perf_counter() - self.start
         n_fastais = len(self.metric_names) - 1 - len(self.columns) - self.add_time
-        values = [*self.trained, *self.evaluated] if self.trained else [None] * n_fastais
+        values = [*self.trained, *self.evaluated]
         values += [None] * (n_fastais - len(values))
         self.row |= {n: v for n, v in zip(self.metric_names[1:], values) if n not in self.row}
         self.rows.append(self.row)
@@ -202,11 +211,12 @@ class EpochRecorder(Recorder):
         self.iters.append(self.smooth_loss.count)
         time_taken = [format_time(time.time() - self.start_epoch)] if self.add_time else []
         self.logger(L(self.epoch, *self.learn.final_record, *time_taken))
+        self.begin_row()
 
     def state_dict(self):
         """The record so far, that of the epoch under way included, as plain values and a tensor."""
         under_way = None
-        if len(self.rows) == 0 or self.rows[-1] is not self.row:
+        if self.in_epoch:
             under_way = {"row": {**self.row, "seconds": time.perf_counter() - self.start}, "sums": list(self.sums)}
         return {"rows": self.rows, "under_way": under_way, "steps": torch.tensor(self.steps, dtype=torch.float64)}
 
