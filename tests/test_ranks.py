@@ -88,6 +88,14 @@ def test_ranks_agree_on_the_statistics_of_batchnorm(ema, bands, cache, tmp_path)
     assert torch.equal(first, other)
 
 
+def test_a_run_on_two_ranks_ends_with_a_report_that_the_first_alone_makes(bands, tmp_path):
+    """fastai would gather predictions from all ranks, of which the others have gone home."""
+    job = lambda rank: main(["--data", str(bands), "--out", str(tmp_path / "runs"), "--name", "run", *ARGS])
+    assert on_ranks(2, job, tmp_path) == [0, 0], said(tmp_path)
+    run = tmp_path / "runs/run"
+    assert len(results(run)) == 4 and (run / "summary.json").exists() and (run / "mistakes.csv").exists()
+
+
 def test_a_run_on_two_ranks_is_written_once_and_goes_on_with_one(bands, tmp_path):
     """The whole line with a range test; rank 1 alone is interrupted: both stop, and one process finishes the run."""
 

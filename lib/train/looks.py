@@ -94,6 +94,10 @@ class Looks(Learner):
         self.final_record = evaluation.values
         return self.final_record
 
+    def to_detach(self, b, cpu=True, gather=True):
+        """As fastai's, but nothing is gathered from other ranks: `DataParallel` has done so, where they take part."""
+        return super().to_detach(b, cpu, gather=False)
+
     def tta(self, *args, **kwargs):
         """As fastai's, undisturbed."""
         with self.undisturbed():
