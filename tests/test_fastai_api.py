@@ -20,6 +20,7 @@ from fastai.vision.all import (
     Adam,
     BnFreeze,
     Callback,
+    CancelBatchException,
     CancelEpochException,
     CancelFitException,
     CancelTrainException,
@@ -689,3 +690,50 @@ def test_every_callback_class_is_covered_or_listed_with_a_reason():
             if inspect.isclass(thing) and issubclass(thing, Callback) and thing.__module__.endswith(f".{module.name}"):
                 classes.add(name)
     assert classes - set(BASES) == COVERED["callback"]
+
+
+# --- found by reading: each is a use that fastai takes ---------------------------------------------------------------
+
+
+def test_a_batch_may_be_cancelled(learner):
+    class Skip(Callback):
+        def before_batch(self):
+            if self.iter in (0, 5):
+                raise CancelBatchException
+
+    learn = learner(metrics=accuracy)
+    learn.fit(1, 0.05, cbs=Skip())
+    assert len(learn.recorder.losses) == len(learn.dls.train) - 2 and column(learn, "accuracy") == [None]
+
+
+def test_options_of_torchs_optimizers_reach_them(learner):
+    learn = learner(opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.7, nesterov=True))
+    learn.fit(1, 0.01)
+    assert {(g["momentum"], g["nesterov"]) for g in learn.opt.opt.param_groups} == {(0.7, True)}
+    with pytest.raises(ValueError, match="partial"):
+        learner(opt_func=OptimWrapper(opt=torch.optim.SGD(models.build("small", 4).parameters(), 0.1)))
+
+
+def test_tta_before_a_fit_and_a_look_that_fails_leave_the_learner_whole(dls, tmp_path):
+    learn = SGDLearner(dls, models.build("small", 4), path=tmp_path)
+    learn.tta(n=2)
+    callbacks = list(learn.cbs)
+    with pytest.raises(ValueError, match="no"), learn.added_cbs(Callback(before_fit=lambda self: int("no"))):
+        learn.validate()
+    assert list(learn.cbs) == callbacks
+    learn.fit(1, 0.05)
+
+
+def test_loaders_of_torch(learner, tmp_path):
+    points = torch.utils.data.TensorDataset(torch.randn(32, 3, 32, 32), torch.arange(32) % 4)
+    loaders = DataLoaders(*[torch.utils.data.DataLoader(points, batch_size=8) for _ in range(2)], path=tmp_path)
+    learn = SGDLearner(loaders, models.build("small", 4), metrics=accuracy)
+    learn.remove_cb(learn.progress)
+    with learn.no_logging():
+        learn.fit(2, 0.05)
+    assert [row["batch_size"] for row in learn.recorder.rows] == [8, 8]
+
+
+def test_part_of_a_set_is_a_pass_of_that_many(dls):
+    some = dls.train.new(n=32)
+    assert sum(len(y) for _, y in some) == 32 == len(some) * 16

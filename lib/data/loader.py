@@ -135,7 +135,8 @@ class StoreDL(TfmdDL):
         return super().new(dataset, cls, **{**carried, **kwargs})
 
     def shuffle_fn(self, idxs):
-        return self.order(self.seed, self.epoch, idxs if self.labels is None else self.labels).tolist()
+        idxs = np.asarray(idxs)
+        return idxs[self.order(self.seed, self.epoch, idxs if self.labels is None else self.labels[idxs])].tolist()
 
     def __iter__(self):
         """As fastai's, but it draws nothing from global generators, and waits for no copy from pinned memory."""

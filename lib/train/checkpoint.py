@@ -20,7 +20,7 @@ from lib.runs import write
 from lib.train import ranks
 
 FORMAT = 4  # of the checkpoint; another one is refused
-GRACE = 5  # seconds in which a second signal is torchrun's, which hands on what its processes have had already
+GRACE = 5  # seconds in which a second signal is ignored: torchrun forwards those that its processes have had
 
 
 class Interrupted(KeyboardInterrupt):
@@ -87,6 +87,7 @@ class Checkpoint(Callback):
         self.evaluating = False
 
     def after_epoch(self):
+        self.evaluating = False
         self.save()
         if ranks.any_of(self.signalled)[0]:
             raise Interrupted
@@ -119,12 +120,13 @@ class Checkpoint(Callback):
             if self.signalled:
                 return
             self.signalled = now
-            if self.evaluating:  # which changes nothing that is saved
+            if self.evaluating:  # it changes no saved state, so it need not finish
                 self.save(len(self.learn.dls.train))
                 raise Interrupted
             if ranks.leads():
                 print("finishing the batch and saving; once more stops at once", file=sys.stderr, flush=True)
 
+        self.signalled = 0.0
         handled = [s for s in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread()]
         former = [(s, signal.signal(s, stop)) for s in handled]
         try:

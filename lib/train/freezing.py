@@ -1,4 +1,4 @@
-"""Parameters that do not learn in some epochs. What stays is a function of the epochs trained, as resuming needs it."""
+"""Parameters that do not learn in some epochs. Which they are depends on the epochs trained alone."""
 
 from fastai.callback.core import Callback
 

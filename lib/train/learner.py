@@ -4,17 +4,24 @@ import io
 import threading
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 from fastai.callback import schedule as _fits  # noqa: F401  (it gives Learner its fits)
-from fastai.callback.core import CancelBackwardException, CancelEpochException, CancelStepException, _inner_loop
+from fastai.callback.core import (
+    Callback,
+    CancelBackwardException,
+    CancelEpochException,
+    CancelStepException,
+    _inner_loop,
+)
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
 from fastai.learner import Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import defaults
+from fastai.torch_core import defaults, to_float
 from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 
@@ -82,6 +89,8 @@ class SGDLearner(Looks):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         model = model.to(getattr(dls, "device", None) or "cpu", memory_format=self.memory_format)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
+        if isinstance(opt_func, OptimWrapper):
+            raise ValueError("opt_func must make an optimizer; pass partial(OptimWrapper, opt=…) for one of torch")
         if opt_func is None:
             torchs, has_momentum = partial(OPTIMIZERS[optimizer], mom=mom), optimizer in MOMENTUM
             opt_func = partial(GroupedOptimizer, opt=torchs, has_momentum=has_momentum)
@@ -129,7 +138,8 @@ class SGDLearner(Looks):
     def _call_one(self, event_name):
         """As fastai's, but callbacks are not asked about events of a batch that they do not have: that takes time."""
         for cb in self.cbs.sorted("order"):
-            if event_name not in _inner_loop or hasattr(type(cb), event_name) or event_name in vars(cb):
+            own = hasattr(type(cb), event_name) or event_name in vars(cb) or type(cb).__call__ is not Callback.__call__
+            if own or event_name not in _inner_loop:
                 cb(event_name)
 
     def _bn_bias_state(self, with_bias):
@@ -154,8 +164,8 @@ class SGDLearner(Looks):
     def _do_one_batch(self):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             self.pred = (self.parallel if self.parallel and self.training else self.model)(*self.xb)
-        if self.pred.dtype in (torch.bfloat16, torch.float16):
-            self.pred = self.pred.float()
+        if self.dtype is not torch.float32:
+            self.pred = to_float(self.pred)
         self("after_pred")
         if len(self.yb):
             self.loss_grad = self.loss_func(self.pred, *self.yb)
@@ -176,8 +186,10 @@ class SGDLearner(Looks):
         self._with_events(self._backward, "backward", CancelBackwardException)
         if self.updates_after(self.iter):
             if self.scaler:
-                self.scaler.unscale_(self.opt.opt)  # callbacks see true gradients
+                self.scaler.unscale_(self.torchs_optimizer)  # callbacks see true gradients
             self._with_events(self._step, "step", CancelStepException)
+            if self.scaler:
+                self.scaler.update()
             self.opt.zero_grad()
 
     def _backward(self):
@@ -185,10 +197,14 @@ class SGDLearner(Looks):
 
     def _step(self):
         if self.scaler:
-            self.scaler.step(self.opt.opt)
-            self.scaler.update()
+            self.scaler.step(self.torchs_optimizer)
         else:
             self.opt.step()
+
+    @property
+    def torchs_optimizer(self):
+        """What a gradient scaler steps."""
+        return self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
 
     def all_batches(self):
         """As fastai's; begins after the batches that a resumed epoch has had."""
@@ -196,17 +212,22 @@ class SGDLearner(Looks):
         self.n_iter = len(self.dl)
         if first:
             self.dl.skip = first
+            self.pct_train += first / (self.n_iter * self.n_epoch)
         for i, batch in enumerate(self.dl, first):
             self.one_batch(i, batch)
 
     def _do_epoch_train(self):
         self.dls.train.epoch = self.epochs_trained
-        super()._do_epoch_train()
+        try:
+            super()._do_epoch_train()
+        except CancelEpochException:
+            self.epochs_trained += 1
+            raise
         self.epochs_trained += 1
 
     def _do_epoch(self):
         super()._do_epoch()
-        if (test := getattr(self.dls, "test", None)) is not None:
+        if (test := getattr(self.dls, "test", None)) is not None and hasattr(self, "recorder"):
             evaluation = self.evaluate(test)
             self.recorder.record_test(evaluation.values[0], evaluation.accuracy)
 
@@ -218,7 +239,7 @@ class SGDLearner(Looks):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         """As fastai's; what callbacks set is undone however it ends. Raises Diverged on a loss that is not finite.
 
-        Momentum starts at `mom`, whatever a schedule before has left. `start_epoch` is where counting begins.
+        Momentum starts at `mom`, whatever a schedule before has left. Epochs before `start_epoch` are skipped.
         """
         if reset_opt or not self.opt:
             self.create_opt()
@@ -252,16 +273,22 @@ class SGDLearner(Looks):
         finally:
             self.fitting = False
 
-    def save(self, file, with_opt=True, pickle_protocol=2):
+    def save(self, file, with_opt=True, **kwargs):
         """As fastai's; the file is whole or absent."""
-        path, content, state = (
-            join_path_file(file, self.path / self.model_dir, ".pth"),
-            io.BytesIO(),
-            self.model.state_dict(),
-        )
-        torch.save({"model": state, "opt": self.opt.state_dict()} if with_opt and self.opt else state, content)
-        runs.write(path, content.getvalue())
+        state = self.model.state_dict()
+        state = {"model": state, "opt": self.opt.state_dict()} if with_opt and self.opt else state
+        if not isinstance(file, (str, Path)):  # an open file
+            torch.save(state, file, **kwargs)
+            return file
+        path, content = join_path_file(file, self.path / self.model_dir, ".pth"), io.BytesIO()
+        if ranks.leads():
+            torch.save(state, content, **kwargs)
+            runs.write(path, content.getvalue())
         return path
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.RLock()
 
 
 def build(config, dls, model, precision="float32", cbs=None):

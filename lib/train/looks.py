@@ -21,7 +21,9 @@ from lib.train.averaging import SmallImages
 from lib.train.randomness import preserved_generators
 from lib.train.recorder import Evaluation
 
-STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)  # fastai's, which no look may wake
+# fastai's callbacks that act on training or its record: looks leave them out. And those that any look needs.
+STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)
+NEEDED = (TrainEvalCallback, CastToTensor, SmallImages, ranks.DataParallel)
 LOOP = "training epoch iter n_iter dl xb yb pred loss loss_grad pct_train train_iter n_epoch smooth_loss".split()
 
 
@@ -58,9 +60,12 @@ class Looks(Learner):
 
     def __enter__(self):
         """As fastai's, undisturbed. In the middle of a fit, callbacks are not told that one begins."""
-        self._looks = [*getattr(self, "_looks", []), look := ExitStack()]
-        look.enter_context(self.undisturbed())
-        return self if self.fitting else super().__enter__()
+        with ExitStack() as look:
+            look.enter_context(self.undisturbed())
+            if not self.fitting:
+                super().__enter__()
+            self._looks = [*getattr(self, "_looks", []), look.pop_all()]
+        return self
 
     def __exit__(self, *exception):
         *self._looks, look = self._looks
@@ -81,14 +86,13 @@ class Looks(Learner):
     def evaluate(self, dl):
         """One pass over a loader, or a list of batches, without the user's callbacks: an Evaluation."""
         evaluation = Evaluation([])
-        ours = (TrainEvalCallback, CastToTensor, SmallImages, ranks.DataParallel)
-        with self.added_cbs(evaluation), self.undisturbed(lambda cb: cb is evaluation or isinstance(cb, ours)):
+        with self.added_cbs(evaluation), self.undisturbed(lambda cb: cb is evaluation or isinstance(cb, NEEDED)):
             self._do_epoch_validate(dl=dl)
         return evaluation
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         """[loss, metrics …] on a loader, by default valid, as fastai's. It touches no record."""
-        evaluation = Evaluation(copy.copy(metric) for metric in self.metrics)
+        evaluation = Evaluation(copy.copy(metric) if self.fitting else metric for metric in self.metrics)
         with self.validation_context(L(cbs) + evaluation):
             self._do_epoch_validate(ds_idx, dl)
         self.final_record = evaluation.values
@@ -100,7 +104,8 @@ class Looks(Learner):
 
     def tta(self, *args, **kwargs):
         """As fastai's, undisturbed."""
-        with self.undisturbed():
+        takes_part = (lambda cb: isinstance(cb, NEEDED)) if self.fitting else looks_too
+        with self.no_logging(), self.undisturbed(takes_part):
             return super().tta(*args, **kwargs)
 
     @contextmanager
@@ -128,8 +133,8 @@ class Looks(Learner):
     def twin(self):
         """A learner that trains a copy of the model with an optimizer of its own.
 
-        Callbacks that act on batches alone (mixup, clipping, the user's own) are copied; others would see epochs that
-        are none.
+        Callbacks that act on batches alone (mixup, clipping, the user's own) are copied. Those that act on epochs are
+        left out: the test has no real epochs.
         """
         twin = copy.copy(self)
         twin.model, twin.opt, twin.cbs, twin.parallel = copy.deepcopy(self.model), None, L(), None

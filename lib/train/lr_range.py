@@ -58,7 +58,7 @@ class RangeTestCallback(Callback):
         self.started_at, self.group = self.learn.epochs_trained, []
 
     def before_train(self):
-        self.learn.epochs_trained = self.started_at  # what a first epoch is like stays for the whole test
+        self.learn.epochs_trained = self.started_at  # each pass counts as the first
         self.learn.dls.train.epoch = self.started_at + self.epoch
 
     def before_batch(self):
@@ -86,8 +86,8 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     loader = learn.dls.train
     if len(loader) == 0:
         raise BadInput("the range test needs at least one training batch")
-    epoch, generator = getattr(loader, "epoch", None), loader.rng
-    state = generator.getstate()
+    epoch, generator = getattr(loader, "epoch", None), getattr(loader, "rng", None)
+    state = generator and generator.getstate()
     valid = learn.dls.valid if on_valid else None
     sample = [valid.plain(valid.bs) if hasattr(type(valid), "plain") else valid.one_batch()] if on_valid else []
     with preserved_generators():
@@ -97,8 +97,9 @@ def run(learn, lrs, stop_div=True, on_valid=False):
             updates = -(-len(loader) // twin.accumulate)  # an epoch has
             twin.fit(-(-len(lrs) // updates), cbs=test)
         finally:
-            loader.rng = generator
-            generator.setstate(state)
+            if generator:
+                loader.rng = generator
+                generator.setstate(state)
             if epoch is not None:
                 loader.epoch = epoch
     n = len(test.curve)

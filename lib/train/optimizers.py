@@ -46,9 +46,11 @@ class GroupedOptimizer(OptimWrapper):
         lr,  # learning rate
         opt,  # function(parameter groups, lr) -> torch optimizer
         has_momentum=True,  # False: its momentum is 0, whatever a schedule sets
+        hp_map=None,  # as fastai's OptimWrapper
+        **options,  # of the torch optimizer
     ):
-        super().__init__([list(group) for group in params], opt, lr=lr)
-        self.has_momentum = has_momentum
+        super().__init__([list(group) for group in params], opt, hp_map, lr=lr, **options)
+        self.has_momentum = has_momentum and "mom" in self.bwd_map
         self.layers = L(list(group["params"]) for group in self.opt.param_groups)
 
     def split_by_decay(self):

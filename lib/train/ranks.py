@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.cli import BadInput, OneLine, one_line
 from lib.machine import launched
 
-TIMEOUT = timedelta(hours=2)  # the others wait as long while the first decodes images or tests learning rates
+TIMEOUT = timedelta(hours=2)  # how long others wait for the first to decode images or test learning rates
 
 
 class Lost(OneLine):

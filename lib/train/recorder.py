@@ -28,9 +28,10 @@ def diverged(name, value, place, batch, lr):
 
 def n_correct(pred, targets):
     """How many of the predictions are right, a tensor that stays on its device; nan where targets are no classes."""
-    if not targets or pred.ndim != 2 or targets[0].ndim != 1 or targets[0].is_floating_point():
-        return torch.tensor(math.nan, device=pred.device)
-    return (pred.argmax(1) == targets[0]).sum()
+    tensors = isinstance(pred, torch.Tensor) and len(targets) > 0 and isinstance(targets[0], torch.Tensor)
+    if not tensors or pred.ndim != 2 or targets[0].ndim != 1 or targets[0].is_floating_point():
+        return torch.tensor(math.nan)
+    return (pred.detach().argmax(1) == targets[0]).sum()
 
 
 def value_of(metric):
@@ -82,8 +83,8 @@ class Evaluation(Callback):
 class EpochRecorder(Recorder):
     """fastai's Recorder, with `train_loss` as the mean over the epoch's images (fastai's is a moving average).
 
-    `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. Its columns that fastai does not
-    have follow the metrics in `metric_names` and `values`. `hps` has learning rate and momentum of each step.
+    `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. In `metric_names`
+    and `values`, columns that fastai lacks come after the metrics. `steps` has (learning rate, momentum) of each step.
     Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches and at the end.
     """
 
@@ -93,12 +94,7 @@ class EpochRecorder(Recorder):
         super().__init__(add_time, train_metrics, valid_metrics, beta)
         self.smooth_loss, self.rows, self.hps = SmoothLoss(beta), [], {"lr": [], "mom": []}
         self.lrs, self.iters, self.losses, self.values = [], [], [], []
-        self.under_way, self.start = None, time.perf_counter()
-
-    @property
-    def steps(self):
-        """(learning rate, momentum) of each step of the fit."""
-        return list(zip(self.hps["lr"], self.hps["mom"]))
+        self.under_way, self.start, self.metric_names, self.steps = None, time.perf_counter(), L(), []
 
     def before_fit(self):
         check_sole_owner(self.learn)
@@ -111,16 +107,17 @@ class EpochRecorder(Recorder):
         names = [name for name in self.metric_names if name != "time"]
         self.metric_names = L(*names, *self.columns, *(["time"] if self.add_time else []))
         self.rows, self.hps, self.start = [], {"lr": [], "mom": []}, time.perf_counter()
-        self.under_way = None
+        self.under_way, self.steps = None, []
         self.begin_row()
 
     def begin_row(self):
-        """Makes room for the next epoch, which callbacks may cancel in part or as a whole."""
+        """Starts an empty row. Its fields stay None for the parts of the epoch that a callback cancels."""
         hypers = self.opt.hypers[-1]
         self.row = {"epoch": None, "seconds": None, "lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
         self.in_epoch, self.trained, self.evaluated = False, [None] * (1 + len(self.train_scores)), []
         self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
         self.evaluation.before_validate()
+        self.computed = False  # whether the batch under way has a loss
 
     @property
     def train_scores(self):
@@ -130,15 +127,21 @@ class EpochRecorder(Recorder):
     def before_train(self):
         super().before_train()
         self.in_epoch = True
-        self.row |= {"epoch": self.epoch + 1, "batch_size": self.dl.bs}
+        self.row |= {"epoch": self.epoch + 1, "batch_size": getattr(self.dl, "bs", None) or self.dl.batch_size}
         if self.under_way:
             self.row, self.sums, self.under_way = dict(self.under_way["row"]), self.under_way["sums"], None
 
     def before_validate(self):
         self.evaluation.before_validate()
 
+    def after_loss(self):
+        self.computed = True
+
     def after_batch(self):
         learn = self.learn
+        if not self.computed:  # a callback has cancelled the batch
+            return
+        self.computed = False
         if not learn.training:
             self.evaluation.after_batch()
         elif len(learn.yb):
@@ -148,11 +151,12 @@ class EpochRecorder(Recorder):
                 self.row |= {"lr": lr, "momentum": momentum}
             n = learn.dl.share(learn.iter) if learn.parallel else find_bs(learn.yb)
             loss = learn.loss.detach().mean()
-            self.pending.append((learn.iter, lr, n, loss, n_correct(learn.pred.detach(), learn.yb)))
+            self.pending.append((learn.iter, lr, n, loss, n_correct(learn.pred, learn.yb)))
             self.smooth_loss.accumulate(learn)
             learn.smooth_loss = self.smooth_loss.value
             self.losses.append(learn.smooth_loss)
             self.lrs.append(lr)
+            self.steps.append((lr, momentum))
             self.hps["lr"].append(lr), self.hps["mom"].append(momentum)
             for metric in self.train_scores:
                 metric.accumulate(learn)
@@ -164,8 +168,10 @@ class EpochRecorder(Recorder):
         if not self.pending:
             return
         batches, lrs, sizes, losses, correct = zip(*self.pending)
+        if self.losses[-1].is_cuda:
+            self.losses = [*torch.stack(self.losses).cpu()]
         sizes, losses = torch.tensor(sizes, dtype=torch.float64), torch.stack(losses).cpu().double()
-        sums = torch.stack([losses * sizes, torch.stack(correct).cpu() * (sizes > 0), sizes])
+        sums = torch.stack([losses * sizes, torch.stack(correct).cpu().double() * (sizes > 0), sizes])
         if self.learn.parallel:
             ranks.total(sums)
         losses = sums[0] / sums[2]
@@ -226,6 +232,7 @@ class EpochRecorder(Recorder):
         lrs, momenta = state["steps"].reshape(-1, 2).T.tolist()
         last = self.under_way["row"] if self.under_way else self.rows[-1]
         self.hps, self.start = {"lr": lrs, "mom": momenta}, time.perf_counter() - last["seconds"]
+        self.steps = list(zip(lrs, momenta))
 
     def plot_lr_find(self, *args, **kwargs):
         """As fastai's; returns the figure, which fastai's does not."""
