@@ -96,7 +96,7 @@ def fit(learn, config, run, past, lr):
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
 
-    best = averaging.KeepBest(run.save_weights, config.small_epochs)
+    best = averaging.KeepBest(run.save_weights, config.small_epochs, config.keep)
     saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
     lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
     learn.add_cbs([best, saved, *lines, *ranks.callbacks()])

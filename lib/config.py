@@ -20,7 +20,8 @@ MODELS = ("small", "medium", "large")
 AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads for training, which are left out here
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
-MONITORS = ("valid_loss", "valid_acc", "train_loss", "train_acc")
+MONITORS = ("valid_loss", "valid_acc", "macro_f1", "train_loss", "train_acc")
+KEEP = ("valid_acc", "valid_loss", "macro_f1")
 SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = ("plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch")
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
@@ -87,6 +88,7 @@ class Config:
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
+    keep: Literal[*KEEP] = option("valid_acc", "what is best in the epoch whose weights are kept")
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)

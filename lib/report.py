@@ -31,6 +31,7 @@ PICTURES, ROWS = 3_500_000, 700_000  # bytes of the page for pictures, and for m
 MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
 ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
 ELSEWHERE = ("classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
+OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 
 
@@ -107,12 +108,15 @@ def final_headline(s, images, rows):
     right = f"{images - s['mistakes']:,} of {images:,} images right"
     if s.get("tta_test_acc") is not None:
         right += f"; {s['tta_test_acc']:.4f} with mirror images (tta)"
+    if s.get("top5_acc") is not None:
+        right += f"; {s['top5_acc']:.4f} with the truth among the first five (top-5)"
     if s["chosen_on"] != "valid":
         right += "; test chose the weights, so it is too good"
     reached = f"epoch {s['epochs_to_target']}", f"after {duration(s['seconds_to_target'] or 0)}"
     if not s["epochs_to_target"]:
         reached = "not reached", f"the most was {max(rows['test_acc']):.4f}"
-    chosen = f"of {len(rows['epoch'])}, best {s['chosen_on']} accuracy {s['valid_acc']:.4f}"
+    chosen = f"of {len(rows['epoch'])}, best by {s['chosen_on']} {s.get('chosen_by', 'accuracy')}"
+    chosen += f"; {s['chosen_on']} accuracy {s['valid_acc']:.4f}"
     return [
         ["test accuracy", f"{s['test_acc']:.4f}", right],
         ["weights kept", f"epoch {s['best_epoch']}", chosen],
@@ -138,7 +142,7 @@ def settings(args, env):
 
 
 def mistakes(folder):
-    """Of a finished run: classes, confusion matrix, most frequent confusions, mistakes with the pictures that fit.
+    """Of a finished run: classes and their scores, confusions, calibration, mistakes with the pictures that fit.
 
     Mistakes have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
     """
@@ -158,7 +162,12 @@ def mistakes(folder):
             if room_for_pictures >= 0:
                 row["picture"] = pictures[file]
         rows.append(row)
-    return dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=rows)
+    found = dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=rows)
+    if (folder / "classes.csv").exists():  # runs of older versions have none
+        _, *scores = read_table(folder / "classes.csv")
+        found |= dict(scores=[[name, *map(number, row)] for name, *row in scores])
+        found |= dict(reliability=columns(folder / "calibration.csv"))
+    return found
 
 
 def of_run(folder, live):
@@ -186,6 +195,7 @@ def of_run(folder, live):
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
         "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],
         **(mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])),
+        "summary": {k: v for k, v in (summary or {}).items() if k in OVERALL},
         "command": command_line(asked, env), "typed": env.get("command", ""),
         "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
         "all": as_text(asked), "env": as_text({k: v for k, v in env.items() if v != [] and k not in ELSEWHERE}),

@@ -140,10 +140,11 @@ def test_the_machine_is_made_as_the_settings_say():
         machine.prepare(config.Config(data="digits", device="cpu", precision="fp16"))
 
 
-def test_what_can_be_monitored_is_in_the_record(make):
-    _, learn = make("--epochs", 1)
+@pytest.mark.parametrize("asked", ["--monitor", "--keep"])
+def test_what_can_be_monitored_or_chosen_by_is_in_the_record(make, asked):
+    _, learn = make("--epochs", 1, asked, "macro_f1")
     learn.fit(1, 0.01)
-    assert set(config.MONITORS) <= set(learn.recorder.rows[0]) & set(learn.recorder.metric_names)
+    assert {*config.MONITORS, *config.KEEP} <= set(learn.recorder.rows[0]) & set(learn.recorder.metric_names)
 
 
 def test_choices_are_the_registries():

@@ -89,7 +89,7 @@ def test_trace_is_torchs_scheduler(values, options, steps, monitor):
         cooldown_epochs=options["cooldown"],
     )  # fmt: skip
     trace = schedules.trace(config, steps, values)
-    options |= dict(mode="max" if monitor.endswith("acc") else "min", eps=1e-8)
+    options |= dict(mode="min" if monitor.endswith("loss") else "max", eps=1e-8)
     expected = [0.1, *torchs(values, **options)][:-1]  # a value changes the rate of the epoch after it
     assert trace.shape == (len(values) * steps, 2)
     assert trace[:, 0].tolist() == list(np.repeat(expected, steps)) and (trace[:, 1] == 0.9).all()

@@ -14,12 +14,14 @@ from PIL import Image
 from sklearn import metrics
 
 from lib import models
-from lib.explain import gradcam, plots
+from lib.explain import gradcam, plots, scores
+from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
 from lib.runs import write_csv, write_figure, write_json, write_table
 from lib.train import lr_range
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
+CHOSEN_BY = {"valid_acc": "accuracy", "valid_loss": "loss", "macro_f1": "macro-F1"}
 MAP_SIDE = 32  # of the maps in gallery.json
 
 
@@ -39,11 +41,6 @@ def outcome(learn, dl, mirror=False):
         logits, targets = learn.get_preds(dl=dl, act=noop, cbs=[Mirror()] if mirror else None)
     log_p, targets = logits.double().log_softmax(1), targets.as_subclass(torch.Tensor)
     return targets.numpy(), log_p.exp().numpy(), -log_p.gather(1, targets[:, None])[:, 0].numpy()
-
-
-def accuracy(targets, p):
-    """The share of images whose most probable class, by `p` (n, classes), is their target."""
-    return float((p.argmax(1) == targets).mean())
 
 
 def tta_accuracy(learn, dl, seen):
@@ -159,8 +156,9 @@ def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
     return {
         "test_acc": accuracy(*test[:2]), "valid_acc": accuracy(*valid[:2]),
         "tta_test_acc": tta[1], "tta_valid_acc": tta[0],
-        "test_loss": float(test[2].mean()), "valid_loss": float(valid[2].mean()),
-        "chosen_on": env["chosen_on"], "best_epoch": best_epoch, "last_test_acc": rows[-1]["test_acc"],
+        "test_loss": float(test[2].mean()), "valid_loss": float(valid[2].mean()), **scores.overall(*test[:2]),
+        "chosen_on": env["chosen_on"], "chosen_by": CHOSEN_BY[config.keep], "best_epoch": best_epoch,
+        "last_test_acc": rows[-1]["test_acc"],
         "mistakes": int((test[1].argmax(1) != test[0]).sum()), "lr": env["lr"], "epochs": rows[-1]["epoch"],
         "target": config.target,
         "epochs_to_target": reached and reached["epoch"], "seconds_to_target": reached and reached["seconds"],
@@ -197,6 +195,12 @@ def save_confusion(run, test, classes, title):
     write_figure(run / "confusion_matrix.png", plots.confusion_matrix(counts, classes, title))
 
 
+def save_scores(run, test, classes):
+    """Writes classes.csv and calibration.csv of an outcome on test."""
+    write_csv(run / "classes.csv", scores.of_classes(*test[:2], classes))
+    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
+
+
 def save_mistakes(learn, config, run, test, images_of_test):
     """Writes mistakes.csv, gallery.json and gradcam.png of an outcome on test; returns how many are in the last."""
     wrong = mistakes(learn, None, test)
@@ -223,22 +227,27 @@ def report(learn, config, run, rows, best):
     also = "" if run.env["chosen_on"] == "valid" else ", which also chose the weights"
     images_of_test = f"{len(test[0]):,} test images{also}"
     save_results(learn, config, run, rows, best.epoch_number, title)
+    save_scores(run, test, list(learn.dls.vocab))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
     write_json(run / "summary.json", summary)  # last: it says that all is there
-    print(closing(summary, explained, run.path), flush=True)
+    images = np.bincount(test[0])
+    uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)
+    print(closing(summary, explained, run.path, uneven), flush=True)
 
 
-def closing(s, explained, path):
-    """The result in three lines, and where to look."""
+def closing(s, explained, path, uneven):
+    """The result in three lines, and where to look; a fourth where classes are `uneven`."""
     chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
     tta = "" if s["tta_test_acc"] is None else f"; with each image's mirror image (tta) {s['tta_test_acc']:.4f}"
     epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
     when = f"reached after {epochs} epochs, {seconds:.0f} s" if epochs else "not reached"
+    balanced = f"classes are uneven: balanced accuracy {s['balanced_acc']:.4f}, macro-F1 {s['macro_f1']:.4f}\n"
+    balanced = balanced if uneven else ""
     mistakes = f"{explained} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes to explain"
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
-        f"accuracy ({s['valid_acc']:.4f}){chosen}{tta}\n"
+        f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{balanced}"
         f"target {s['target']:g} of test accuracy {when}; {s['epochs']} epochs in {s['train_seconds']:.0f} s, "
         f"{s['images_per_second']:.0f} images/s\n"
         f"{mistakes}; open {path / 'report.html'}"

@@ -3,6 +3,7 @@
 import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save as to_safetensors
+from sklearn.metrics import f1_score
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -63,8 +64,13 @@ class EMA(Callback):
             mine.copy_(saved)
 
 
+def macro_f1(predictions, targets):
+    """The mean of the classes' F1, of the classes that are there, as scikit-learn has it."""
+    return float(f1_score(targets, predictions, average="macro", zero_division=0))
+
+
 class KeepBest(Callback):
-    """Keeps the weights of the epoch with the best valid accuracy (ties: lower valid loss), in memory and as a file.
+    """Keeps the weights of the epoch that is best by `column` (ties: lower valid loss), in memory and as a file.
 
     An epoch on whole images is better than any on small ones.
     """
@@ -75,13 +81,15 @@ class KeepBest(Callback):
         self,
         save=None,  # called with the safetensors bytes of each new best
         small_epochs=0,  # epochs on small images
+        column="valid_acc",  # of the record; of a loss the lowest is best
     ):
-        self.save, self.small_epochs = save, small_epochs
+        self.save, self.small_epochs, self.column = save, small_epochs, column
         self.best, self.epoch_number, self.state = (), None, None
 
     def after_epoch(self):
         row = self.learn.recorder.rows[-1]
-        score = (row["epoch"] > self.small_epochs, row["valid_acc"], -row["valid_loss"])
+        value = -row[self.column] if self.column.endswith("loss") else row[self.column]
+        score = (row["epoch"] > self.small_epochs, value, -row["valid_loss"])
         if score > self.best:
             self.best, self.epoch_number = score, row["epoch"]
             weights = self.learn.model.state_dict()

@@ -20,6 +20,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
 from fastai.learner import Recorder
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import AccumMetric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import defaults, to_float
 from fastcore.foundation import L
@@ -29,7 +30,7 @@ from lib import runs
 from lib.config import MOMENTUM
 from lib.models import small_side, split
 from lib.train import ranks
-from lib.train.averaging import EMA, SmallImages
+from lib.train.averaging import EMA, SmallImages, macro_f1
 from lib.train.freezing import Freeze, Hold
 from lib.train.lecture import GradNoise, balanced_order
 from lib.train.looks import Looks
@@ -311,6 +312,8 @@ def build(config, dls, model, precision="float32", cbs=None):
     options = dict(
         mom=config.momentum, wd=config.weight_decay, optimizer=config.optimizer, accumulate=config.accumulate
     )
+    if "macro_f1" in (config.monitor, config.keep):
+        options["metrics"] = [AccumMetric(macro_f1, dim_argmax=-1, to_np=True)]
     loss = TrainingLoss(config.label_smoothing, weight)
     learn = SGDLearner(dls, model, loss, precision=precision, cbs=cbs, path=dls.path, **options)
     learn.remove_cb(ProgressCallback)

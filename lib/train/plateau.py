@@ -60,7 +60,7 @@ class Plateau:
 def plateau_options(config):
     """The options of the `Plateau` that `config` asks for."""
     return dict(
-        mode="max" if config.monitor.endswith("acc") else "min",
+        mode="min" if config.monitor.endswith("loss") else "max",
         patience=config.patience_epochs,
         threshold=config.threshold,
         threshold_mode=config.threshold_mode,

@@ -1,0 +1,54 @@
+"""The numbers of a classifier on a set of images: of each class, over classes, and of its probabilities."""
+
+import numpy as np
+from sklearn import metrics
+
+from lib.train.averaging import macro_f1
+
+TOP_5 = 20  # classes from which top-5 accuracy says something
+UNEVEN = 1.5  # times as many images as the smallest class: then accuracy hides that class
+CLASS_COLUMNS = ("class", "precision", "recall", "f1", "images")
+BIN_COLUMNS = ("from", "to", "images", "confidence", "accuracy")
+
+
+def accuracy(targets, p):
+    """The share of images whose most probable class, by `p` (n, classes), is their target."""
+    return float((p.argmax(1) == targets).mean())
+
+
+def of_classes(targets, p, classes):
+    """Precision, recall, F1 and images of each class, as rows of classes.csv. What cannot be told is 0."""
+    numbers = metrics.precision_recall_fscore_support(targets, p.argmax(1), labels=range(len(classes)), zero_division=0)
+    return [dict(zip(CLASS_COLUMNS, row)) for row in zip(classes, *(column.tolist() for column in numbers))]
+
+
+def reliability(targets, p, bins=15):
+    """Mean confidence and accuracy of the images in each bin of confidence, as rows of calibration.csv.
+
+    Confidence is the probability of the prediction. Empty bins are left out (Guo et al., arXiv 1706.04599).
+    """
+    confidence, right = p.max(1), p.argmax(1) == targets
+    place = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1).astype(int)
+    rows = []
+    for i in np.unique(place):
+        inside = place == i
+        means = float(confidence[inside].mean()), float(right[inside].mean())
+        rows.append(dict(zip(BIN_COLUMNS, (i / bins, (i + 1) / bins, int(inside.sum()), *means))))
+    return rows
+
+
+def calibration_error(rows):
+    """Expected calibration error of rows of `reliability`: mean |accuracy - confidence|, weighed by images (eq. 5)."""
+    return sum(r["images"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / sum(r["images"] for r in rows)
+
+
+def overall(targets, p):
+    """{macro_f1, balanced_acc, calibration_error, top5_acc}; the last is None below 20 classes."""
+    recalls = [(p[targets == c].argmax(1) == c).mean() for c in np.unique(targets)]
+    top5 = float((p.argsort(1)[:, -5:] == targets[:, None]).any(1).mean()) if p.shape[1] >= TOP_5 else None
+    return {
+        "macro_f1": macro_f1(p.argmax(1), targets),
+        "balanced_acc": float(np.mean(recalls)),
+        "calibration_error": calibration_error(reliability(targets, p)),
+        "top5_acc": top5,
+    }
