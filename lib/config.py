@@ -70,8 +70,8 @@ class Config:
     split_seed: int = option(0, "seed of the split, where the data is not split already", low=0, high=2**32 - 1)
     epochs: int = option(None, "passes over the training images (50; digits 20)", low=1)
     batch_size: int | Auto = option("auto", "images a step; auto: 128, less if under 20 steps", "-b", low=1, high=10**6)
-    model: str = option(None, f"{', '.join(MODELS)}, or torchvision's, such as resnet18 (medium; digits small)")
-    pretrained: str = option("", "start from weights: torchvision's, or FILE (.pth, .safetensors)", alone="torchvision")
+    model: str = option(None, f"{', '.join(MODELS)}, torchvision's such as resnet18, timm/NAME (medium; digits small)")
+    pretrained: str = option("", "start from weights: the library's, or FILE (.pth, .safetensors)", alone="torchvision")
     freeze_epochs: int = option(None, "epochs in which only the head learns (1 with --pretrained)", low=0)
     small_epochs: int = option(0, "first epochs, on images of 3/4 of the side: progressive resizing", low=0)
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
@@ -320,7 +320,7 @@ def variants(argv=None):
     configs, names = [], []
     for values in itertools.product(*axes.values()):
         config = Config(**{**settings, **dict(zip(axes, values))})
-        names.append("-".join(str(getattr(config, name)) for name in axes or ["schedule"]))
+        names.append("-".join(str(getattr(config, name)) for name in axes or ["schedule"]).replace("/", "-"))
         configs += [dataclasses.replace(config, seeds=(seed,), name=f"{names[-1]}-s{seed}") for seed in config.seeds]
     if len(configs) == 1:
         return [config]

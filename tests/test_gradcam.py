@@ -6,7 +6,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from lib.explain import gradcam
-from lib.models import zoo
+from lib.models import layers, zoo
 from tests.conftest import state_of
 
 
@@ -32,7 +32,7 @@ def test_maps_are_grad_cams_own():
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_the_layer_has_a_map_of_at_least_4_by_4(name, size, side):
     model, shapes = zoo.build(name, 5).eval(), []
-    zoo.cam_layer(model, size).register_forward_hook(lambda m, i, o: shapes.append(o.shape[2:]))
+    layers.cam_layer(model, size).register_forward_hook(lambda m, i, o: shapes.append(o.shape[2:]))
     model(torch.randn(2, 3, size, size))
     assert shapes == [(side, side)]
 

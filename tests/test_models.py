@@ -6,7 +6,7 @@ import torch
 from fastai.callback.core import Callback
 
 from lib.cli import BadInput
-from lib.models import networks, zoo
+from lib.models import layers, networks, zoo
 from train_fastai import main
 
 
@@ -16,7 +16,7 @@ from train_fastai import main
 )
 def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
     model, shapes = zoo.build(name, 3), []
-    layer = zoo.cam_layer(model, size)
+    layer = layers.cam_layer(model, size)
     assert model.training and not any(m._forward_hooks for m in model.modules())
     layer.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape)))
     assert model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
@@ -25,18 +25,20 @@ def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
 
 def test_the_layer_is_the_last_that_fits():
     model = zoo.build("resnet18", 3)
-    assert zoo.cam_layer(model, 224) is model.layer4
-    assert zoo.cam_layer(model, 32) is model.layer2
+    assert layers.cam_layer(model, 224) is model.layer4
+    assert layers.cam_layer(model, 32) is model.layer2
 
 
 def test_a_network_that_does_not_fit_the_images_is_one_line():
     with torch.device("meta"):
         vit = zoo.build("vit_b_16", 3)
     with pytest.raises(BadInput, match="does not take images of 32 pixels"):
-        zoo.cam_layer(vit, 32)
+        layers.cam_layer(vit, 32)
+    with pytest.raises(BadInput, match="--model maxvit_t: does not take images of 64 pixels"):
+        zoo.build("maxvit_t", 3, size=64)
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     with pytest.raises(BadInput, match="no layer with a map of 4 x 4"):
-        zoo.cam_layer(flat, 32)
+        layers.cam_layer(flat, 32)
 
 
 @pytest.mark.slow
@@ -135,7 +137,9 @@ def test_a_whitened_network_is_rebuilt_by_one_that_is_not():
 def test_the_layer_groups_are_body_and_head(name):
     model = zoo.build(name, 3, images=images_of_edges() if name == "small" else None)
     body, last = zoo.split(model)
-    assert [len(p) for p in last] == [3, 3] and {id(p) for p in last} == {id(p) for p in zoo.head(model).parameters()}
+    assert [len(p) for p in last] == [3, 3] and {id(p) for p in last} == {
+        id(p) for p in layers.heads(model)[0].parameters()
+    }
     assert [id(p) for p in body + last] == [id(p) for p in model.parameters()]
     assert [len(group) for group in zoo.split(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)))] == [2]
     tied = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))

@@ -14,7 +14,7 @@ from lib import config, predict
 from lib.cli import BadInput
 from lib.data import loader
 from lib.explain import gradcam
-from lib.models import zoo
+from lib.models import layers, zoo
 from lib.train import checkpoint, learner, schedules
 from tests.conftest import logits_of, picture, save, state_of
 from train_fastai import main
@@ -57,7 +57,7 @@ def test_the_body_is_the_files_and_the_head_is_fresh(tuned, weights, file):
     _, learn = tuned(file=file)
     theirs, ours = torch.load(weights / "net.pth", weights_only=True), learn.model.state_dict()
     assert all((ours[k] == v).all() for k, v in theirs.items() if not k.startswith("fc."))
-    assert ours["fc.weight"].shape == (4, 1024) and learn.model.fc is zoo.head(learn.model)
+    assert ours["fc.weight"].shape == (4, 1024) and learn.model.fc is layers.heads(learn.model)[0]
     again = zoo.build(NET, 1000, str(weights / file))  # as many classes as the file has: a fresh head as well
     assert (again.state_dict()["conv1.0.weight"] == theirs["conv1.0.weight"]).all()
     assert (again.state_dict()["fc.weight"] != theirs["fc.weight"]).any()
@@ -76,7 +76,7 @@ def test_every_kind_of_head_and_torchvisions_older_names(name, tmp_path):
     }
     torch.save(state, tmp_path / "w.pth")
     model = zoo.build(name, 5, str(tmp_path / "w.pth"))
-    last = zoo.head(model)
+    (last,) = layers.heads(model)
     assert last.weight.shape[0] == 5
     of_head = {id(p) for p in last.parameters()}
     named = dict(theirs.named_parameters())
@@ -176,7 +176,7 @@ def test_gradcam_explains_it(tmp_path):
     torch.manual_seed(0)
     torch.save(zoo.build("resnet18", 1000).state_dict(), tmp_path / "w.pth")
     model = zoo.build("resnet18", 4, tmp_path / "w.pth")
-    maps = gradcam.maps(model, zoo.cam_layer(model, 32), torch.randn(8, 3, 32, 32), [0, 1, 2, 3] * 2)
+    maps = gradcam.maps(model, layers.cam_layer(model, 32), torch.randn(8, 3, 32, 32), [0, 1, 2, 3] * 2)
     assert np.mean([m.max() > m.min() for m in maps]) >= 0.5  # of fresh weights some are empty
 
 

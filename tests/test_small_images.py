@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lib.cli import BadInput
-from lib.models import networks, zoo
+from lib.models import layers, networks, zoo
 from lib.train import averaging
 
 
@@ -85,7 +85,7 @@ class OneSide(torch.nn.Sequential):
 
 
 def test_a_network_that_takes_one_size_alone_is_refused_before_training():
-    fit = lambda small: zoo.smallest_side(OneSide(), SimpleNamespace(small_epochs=small), 32)
+    fit = lambda small: layers.smallest_side(OneSide(), SimpleNamespace(small_epochs=small), 32)
     assert fit(0) == 32
     with pytest.raises(BadInput, match="does not take images of 24 pixels.*or --small-epochs 0"):
         fit(2)

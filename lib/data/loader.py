@@ -250,7 +250,11 @@ def images_a_step(config, n):
 
 
 def image_size(config):
-    """`--size` in pixels."""
+    """`--size` in pixels; auto: with pretrained weights of timm what they were trained on."""
+    if config.size == "auto" and config.pretrained and config.model.startswith("timm/"):
+        from timm.models import get_pretrained_cfg
+
+        return get_pretrained_cfg(config.model.removeprefix("timm/")).input_size[-1]
     return config.size if config.size != "auto" else 32 if config.data in SOURCES else 128
 
 
@@ -318,7 +322,7 @@ def get_dls(config, device="cpu"):
 def pretrained_stats(config):
     """Mean and standard deviation a channel, in 0..1, of what the weights `--pretrained` were trained on: (3,) arrays.
 
-    Of a run's weights they stand beside them, in model.json; of others they are those of torchvision's own.
+    Of a run's weights they stand beside them, in model.json; of others they are those of the library's own.
     """
     card_file = Path(config.pretrained).expanduser().with_name("model.json")
     if config.pretrained != "torchvision" and card_file.exists():
@@ -328,6 +332,11 @@ def pretrained_stats(config):
         raise BadInput(f"--pretrained: {card_file}, which a run writes beside its weights, is not there")
     if config.model in AUXILIARY:  # their weights expect 2 x - 1
         return np.full(3, 0.5), np.full(3, 0.5)
+    if config.model.startswith("timm/"):
+        from timm.models import get_pretrained_cfg
+
+        found = get_pretrained_cfg(config.model.removeprefix("timm/"))
+        return np.array(found.mean), np.array(found.std)
     from torchvision.models import get_model_weights
 
     transforms = get_model_weights(config.model).DEFAULT.transforms()

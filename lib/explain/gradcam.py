@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import torch
 
+from lib.models import as_map
+
 
 def maps(
     model,  # network: images -> logits (n, classes)
@@ -30,7 +32,7 @@ def maps(
     batch_size = batch_size or max(1, min(64, 64 * 64**2 // images.shape[-1] ** 2))
     twin = copy.deepcopy(model).float().eval().requires_grad_(True)
     twin.zero_grad()
-    cam = GradCAM(twin, [twin.get_submodule(name)])
+    cam = GradCAM(twin, [twin.get_submodule(name)], reshape_transform=as_map)
     # what comes next gets a copy, so that an in-place ReLU leaves alone what the hooks of GradCAM have kept
     twin.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.clone())
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):

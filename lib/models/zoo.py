@@ -1,8 +1,9 @@
-"""Networks by name: ours and torchvision's, fresh or pretrained, saved and rebuilt."""
+"""Networks by name: ours, torchvision's and timm's, fresh or pretrained, saved and rebuilt."""
 
 import copy
 import re
 import sys
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 
 from lib.cli import BadInput, brief, guess, one_line
 from lib.config import AUXILIARY
+from lib.models.layers import heads
 from lib.models.networks import SmallResNet
 
+TIMM = "timm/"  # before the name of a network of timm
 MOST = 65536  # of each number in a model.json
 
 # name -> constructor(n_classes, **args), args
@@ -23,26 +26,39 @@ MODELS = {
 
 
 def check(name, pretrained=""):
-    """Raises BadInput where `name` is neither in MODELS nor a classifier of torchvision, or `pretrained` is no file."""
+    """Raises BadInput where `name` is no network that can be had here, or `pretrained` is no file."""
     if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
         raise BadInput(f"--pretrained {pretrained}: not found; pass a file of weights, or nothing for torchvision's")
     if name in MODELS:
+        return
+    if name.startswith(TIMM):
+        if not find_spec("timm"):
+            raise BadInput(f"--model {name}: timm is not installed; uv run --extra timm train_fastai.py …")
+        import timm
+
+        if not timm.is_model(name.removeprefix(TIMM)):
+            nearest = guess(name, [TIMM + known for known in timm.list_models()])
+            raise BadInput(f"--model: {name!r} is not among timm.list_models(){nearest}")
         return
     import torchvision.models as torchvisions
 
     known = [*MODELS, *torchvisions.list_models(module=torchvisions)]
     if name not in known:
         ours, nearest = ", ".join(MODELS), guess(name, known)
-        raise BadInput(f"--model: {name!r} is not among {ours}, nor a classifier of torchvision{nearest}")
+        raise BadInput(f"--model: {name!r} is not among {ours}, nor a classifier of torchvision, nor timm/…{nearest}")
 
 
-def build(name, n_classes, pretrained="", images=None):
-    """The network `name`, ours or torchvision's, with fresh weights, or with pretrained ones and a fresh head.
+def build(name, n_classes, pretrained="", images=None, size=None):
+    """The network `name`, ours, torchvision's or timm/'s, with fresh weights, or with pretrained ones and a fresh head.
 
-    The first convolution of ours whitens `images`, normalised training images (n, 3, h, w), where they are given.
-    Raises BadInput for an unknown name, or weights that do not fit.
+    `images` are normalised training images (n, 3, h, w): the first convolution of ours whitens them. `size`, by default
+    theirs, is the side for networks that are made for one alone. Raises BadInput for an unknown name, or weights that
+    do not fit.
     """
     check(name, pretrained)
+    size = size if images is None else images.shape[-1]
+    if name.startswith(TIMM):
+        return timms(name, n_classes, pretrained, size)
     if name in MODELS:
         constructor, args = MODELS[name]
         model = constructor(n_classes, **args)
@@ -52,20 +68,54 @@ def build(name, n_classes, pretrained="", images=None):
         from torchvision.models import get_model
 
         extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-        model = get_model(name, weights=None, num_classes=n_classes, **extra)
+        if size and name.startswith(("vit_", "maxvit_")):
+            extra = {"image_size": size} if name.startswith("vit_") else {"input_size": (size, size)}
+        try:
+            model = get_model(name, weights=None, num_classes=n_classes, **extra)
+        except (ValueError, AssertionError, RuntimeError) as e:
+            raise unfit(name, size, e) from None
     if pretrained:
         load_body(model, name, pretrained)
     return model
 
 
-def head(model):
-    """The layer that gives the logits: the last module with parameters of its own."""
-    return [m for m in model.modules() if list(m.parameters(recurse=False))][-1]
+def unfit(name, size, error):
+    return BadInput(f"--model {name}: does not take images of {size} pixels ({one_line(error)}); try another --size")
+
+
+def timms(name, n_classes, pretrained, size):
+    """A network of timm. Weights come by timm's own loader, which adapts positions and runs no code in a file.
+
+    They are loaded with the head that they were trained with: where that is left out, timm lets anything pass.
+    """
+    import timm
+
+    name = name.removeprefix(TIMM)
+    found = timm.models.get_pretrained_cfg(name)
+    options = {"img_size": size} if size and found.fixed_input_size else {}
+    try:
+        if not pretrained:
+            return timm.create_model(name, num_classes=n_classes, **options)
+        overlay, classes = {}, found.num_classes
+        if pretrained != "torchvision":
+            state = timm.models.load_state_dict(Path(pretrained).expanduser())
+            classes = len(state.get(f"{found.classifier}.weight", range(classes)))
+            overlay = {"state_dict": state, "num_classes": classes, "custom_load": False}
+        model = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay, **options)
+        model.reset_classifier(n_classes)
+        return model
+    except Exception as e:  # hubs, disks, pickle, and networks that do not take the size each raise their own
+        if not pretrained:
+            raise unfit(TIMM + name, size, e) from None
+        if pretrained != "torchvision":
+            raise BadInput(f"--pretrained {pretrained}: is not of {TIMM}{name} ({one_line(e)[:300]})") from None
+        remedy = "without a network pass --pretrained FILE, fetched elsewhere"
+        raise BadInput(f"--pretrained: the weights of {TIMM}{name} cannot be had ({one_line(e)}); {remedy}") from None
 
 
 def split(model):
     """fastai's layer groups of a network: the parameters of its body and of its head, or of its head alone."""
-    last = list(head(model).parameters())
+    last = [p for layer in heads(model) for p in layer.parameters()]
     body = [p for p in model.parameters() if not any(p is q for q in last)]
     return [body, last] if body else [last]
 
@@ -95,11 +145,15 @@ def read_weights(name, pretrained):
 
 def load_body(model, name, pretrained):
     """Loads all but the head of `model`. Raises BadInput where the weights cannot be had, or are another network's."""
-    last = head(model)
-    fresh = (next(n for n, m in model.named_modules() if m is last) + ".", "aux", "AuxLogits")
+    last = heads(model)
+    fresh = (*(f"{n}." for n, m in model.named_modules() if any(m is layer for layer in last)), "aux", "AuxLogits")
     without_head = lambda state: {k: v for k, v in state.items() if not k.startswith(fresh)}
     state = read_weights(name, pretrained)
     state = state if isinstance(state, dict) else {}
+    if name.startswith("vit_") and "encoder.pos_embedding" in state:  # of other images than these
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        state = interpolate_embeddings(model.image_size, model.patch_size, state)
     # torchvision's files of DenseNets say norm.1 for norm1
     state = {re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", str(k)): v for k, v in state.items()}
     state, body = without_head(state), without_head(model.state_dict())
@@ -108,55 +162,6 @@ def load_body(model, name, pretrained):
         if not same and not key.endswith("num_batches_tracked"):  # which old files do not have
             raise BadInput(f"--pretrained {pretrained}: is not of {name} ({key!r} is missing, or does not fit)")
     model.load_state_dict(state, strict=False)
-
-
-def cam_layer(model, size):
-    """The layer of `model` that GradCAM reads for images of `size` pixels: its output is a map of at least 4 x 4.
-
-    It is `model.cam_layer`, or, where that does not fit, the last to finish whose output (n, channels, h, w) is such a
-    map. Raises BadInput where the network does not take such images, or has no such layer.
-    """
-    fitting = []
-
-    def look(module, inputs, output):
-        if torch.is_tensor(output) and output.dim() == 4 and output.shape[2] == output.shape[3] >= 4:
-            maps = [x for x in inputs if torch.is_tensor(x) and x.dim() == 4]  # densely connected layers take lists
-            if all(x.shape[2] >= output.shape[2] for x in maps):  # an enlarged map says no more
-                fitting.append(module)
-
-    training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
-    example = next(model.parameters())
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(torch.zeros(1, 3, size, size, device=example.device, dtype=example.dtype))
-    except (RuntimeError, ValueError, AssertionError) as e:
-        raise BadInput(f"--model: does not take images of {size} pixels ({one_line(e)}); try another --size") from None
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    if not fitting:
-        raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
-    preferred = getattr(model, "cam_layer", None)
-    return preferred if preferred in fitting else fitting[-1]
-
-
-def small_side(size):
-    """The side of the images of --small-epochs, in pixels, where it is `size` in the epochs after them."""
-    return size * 3 // 4
-
-
-def smallest_side(model, config, size):
-    """The side of a run's smallest images. Raises BadInput where `model` does not take them, or no GradCAM is had."""
-    cam_layer(model, size)
-    if config.small_epochs:
-        size = small_side(size)
-        try:
-            cam_layer(model, size)
-        except BadInput as e:
-            raise BadInput(f"{e}, or --small-epochs 0") from None
-    return size
 
 
 def check_batches(model, config, sizes, n, size, ranks=1):
@@ -183,8 +188,9 @@ def check_batches(model, config, sizes, n, size, ranks=1):
 def card(name, dls, resize_rule, flip):
     """The content of weights/model.json: what rebuilds the trained network, and how images become its input."""
     constructor, args = MODELS.get(name, (None, {}))
+    theirs = name if name.startswith(TIMM) else f"torchvision.{name}"
     return {
-        "architecture": constructor.__name__ if constructor else f"torchvision.{name}",
+        "architecture": constructor.__name__ if constructor else theirs,
         "args": {"n_classes": len(dls.vocab), **args},
         "classes": list(dls.vocab),
         "size": dls.store.size,
@@ -198,7 +204,7 @@ def card(name, dls, resize_rule, flip):
 def rebuild(card):
     """The network that the content of weights/model.json describes; its weights are still to be loaded.
 
-    Raises BadInput for anything but a network of this room or a classifier of torchvision, of a possible size.
+    Raises BadInput for anything but a network of this room, of torchvision or of timm, of a possible size.
     """
     try:
         name, args = card["architecture"], card["args"]
@@ -206,8 +212,8 @@ def rebuild(card):
         possible = type(args.get("squeeze", True)) is bool and len(numbers) <= 16 and sum(args.get("depths", ())) <= 64
         if not possible or not all(type(n) is int and 0 < n <= MOST for n in numbers):
             raise ValueError(f"args {brief(args)}")
-        if name.startswith("torchvision."):
-            return build(name.removeprefix("torchvision."), args["n_classes"])
+        if name.startswith(("torchvision.", TIMM)):
+            return build(name.removeprefix("torchvision."), args["n_classes"], size=card.get("size"))
         constructor = next(c for c, _ in MODELS.values() if c.__name__ == name)
         with torch.device("meta"):  # takes no memory
             if sum(p.numel() for p in constructor(**args).parameters()) > 10**9:

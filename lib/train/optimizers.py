@@ -15,8 +15,13 @@ EMBEDDINGS = ("class_token", "cls_token", "pos_embed", "pos_embedding", "relativ
 
 
 def undecayed(model):
-    """The parameters that weight decay spares: biases, norms, and the tokens and positions of transformers."""
-    return [p for name, p in model.named_parameters() if p.ndim <= 1 or name.split(".")[-1] in EMBEDDINGS]
+    """The parameters that weight decay spares: biases, norms, and the tokens and positions of transformers.
+
+    Networks of timm name some of their own in `no_weight_decay`.
+    """
+    named = getattr(model, "no_weight_decay", set)()
+    spared = lambda name, p: p.ndim <= 1 or name in named or name.split(".")[-1] in EMBEDDINGS
+    return [p for name, p in model.named_parameters() if spared(name, p)]
 
 
 class GroupHypers(dict):

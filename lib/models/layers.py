@@ -1,0 +1,93 @@
+"""The layer that GradCAM reads, and how its output becomes a map."""
+
+import math
+
+import torch
+from torch import nn
+
+from lib.cli import BadInput, one_line
+
+LEAST = 4  # side of a map that says where
+
+
+def as_map(x):
+    """A layer's output as maps (n, channels, h, w), h = w, whatever its layout; None where it is no map.
+
+    Channels may come last, as in a Swin transformer. Of tokens (n, t, channels), as in a ViT, the map is the largest
+    square at the end: class tokens and registers come before the patches.
+    """
+    if x.dim() == 4 and x.shape[2] == x.shape[3]:
+        return x
+    if x.dim() == 4 and x.shape[1] == x.shape[2]:
+        return x.movedim(3, 1)
+    if x.dim() == 3:
+        side = math.isqrt(x.shape[1])
+        return x[:, x.shape[1] - side**2 :].unflatten(1, (side, side)).movedim(3, 1)
+    return None
+
+
+def heads(model):
+    """The layers that give the logits: what timm says, or the last module with parameters of its own."""
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        return list(found) if isinstance(found, (list, tuple)) else [found]
+    return [m for m in model.modules() if list(m.parameters(recurse=False))][-1:]
+
+
+def cam_layer(model, size):
+    """The layer of `model` that GradCAM reads for images of `size` pixels: its output is a map of at least 4 x 4.
+
+    It is `model.cam_layer`, or, where that does not fit, the last to finish that has such a map on which the head
+    depends: of a ViT the first norm of the last block, as behind it only the class token counts. Raises BadInput where
+    the network does not take such images, or has no such layer.
+    """
+    fitting, outputs, features = [], [], []  # features: what the head sees, as a fresh one may be zero
+
+    def look(module, inputs, output):
+        is_attention = isinstance(module, (nn.Dropout, nn.Softmax))  # its weights are square as well
+        image = as_map(output) if torch.is_tensor(output) and not is_attention else None
+        if image is None or image.shape[2] < LEAST or not (output is image or "Norm" in type(module).__name__):
+            return
+        maps = [x for x in inputs if torch.is_tensor(x) and x.dim() == 4]  # densely connected layers take lists
+        if all(x.shape[2] >= image.shape[2] for x in maps):  # an enlarged map says no more
+            fitting.append(module)
+            outputs.append(output)
+
+    training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
+    handles += [m.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0])) for m in heads(model)]
+    example = next(model.parameters())
+    try:
+        model.eval()
+        x = torch.linspace(-2, 2, 3 * size**2, device=example.device, dtype=example.dtype).view(1, 3, size, size)
+        with torch.enable_grad():
+            logits = model(x.requires_grad_().clone())
+            seen = sum(x.square().sum() for x in features or [logits])
+            slopes = torch.autograd.grad(seen, outputs, allow_unused=True) if outputs else ()
+    except (RuntimeError, ValueError, AssertionError) as e:
+        raise BadInput(f"--model: does not take images of {size} pixels ({one_line(e)}); try another --size") from None
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    matters = [m for m, slope in zip(fitting, slopes) if slope is not None and (as_map(slope) != 0).any()]
+    if not matters:
+        raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
+    preferred = getattr(model, "cam_layer", None)
+    return preferred if preferred in matters else matters[-1]
+
+
+def small_side(size):
+    """The side of the images of --small-epochs, in pixels, where it is `size` in the epochs after them."""
+    return size * 3 // 4
+
+
+def smallest_side(model, config, size):
+    """The side of a run's smallest images. Raises BadInput where `model` does not take them, or no GradCAM is had."""
+    cam_layer(model, size)
+    if config.small_epochs:
+        size = small_side(size)
+        try:
+            cam_layer(model, size)
+        except BadInput as e:
+            raise BadInput(f"{e}, or --small-epochs 0") from None
+    return size
