@@ -1,6 +1,7 @@
 """A trained run, used: CSV on the command line, or three lines of Python.
 
 python -m lib.predict runs/x image-or-folder …      file,prediction,probability: a row an image
+python -m lib.predict runs/x --serve                a local page where photos are dropped in
 
 from lib.predict import load
 predict = load("runs/x")                            # or load("runs/x", tta=True)
@@ -163,12 +164,21 @@ def write_table(predict, files, folder):
 def main(argv):
     p = Parser(prog="python -m lib.predict", description="Predict the class of images: CSV with a row an image.")
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
-    p.add_argument("images", nargs="+", help="image files, and folders of them (with what is in their folders)")
+    p.add_argument("images", nargs="*", help="image files, and folders of them (with what is in their folders)")
     p.add_argument("--explain", metavar="DIR", help="also write a GradCAM picture an image: DIR/<row>-<name>.png")
     p.add_argument("--tta", action="store_true", help="look at each image's mirror image too; as a rule more accurate")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    text = "show a page on this machine where photos are dropped in (PORT 8000)"
+    p.add_argument("--serve", metavar="PORT", nargs="?", const=8000, type=int, help=text)
     args = p.parse_args(argv)
-    predict, files = load(args.run, args.device, args.tta), find(args.images)
+    if (args.serve is None) == (not args.images) or (args.serve is not None and args.explain):
+        raise BadInput("pass image files or folders of them, or --serve alone; see --help")
+    predict = load(args.run, args.device, args.tta)
+    if args.serve is not None:
+        from lib.serve import serve
+
+        return serve(predict, Path(args.run).resolve().name, args.serve)
+    files = find(args.images)
     folder = args.explain and Path(args.explain).expanduser()
     if folder:
         try:

@@ -15,7 +15,7 @@ FLOORS = [
     {"models"},
     {"train"},
     {"explain"},
-    {"report"},
+    {"report", "serve"},
     {"compare", "predict"},
     {"export"},
 ]  # fmt: skip  a room may import from those before it, and from itself

@@ -3,4 +3,6 @@
 from lib.models.layers import as_map, cam_layer, small_side, smallest_side
 from lib.models.zoo import build, card, check, check_batches, rebuild, split
 
-__all__ = "as_map build cam_layer card check check_batches rebuild small_side smallest_side split".split()
+__all__ = [
+    "as_map", "build", "cam_layer", "card", "check", "check_batches", "rebuild", "small_side", "smallest_side", "split"
+]  # fmt: skip
