@@ -45,7 +45,7 @@ def train(config):
     """One run, from data to explained mistakes, in this process or in all that torchrun started."""
     from lib import data, machine, models, runs
     from lib import train as training
-    from lib.train import checkpoint, lecture, ranks
+    from lib.train import checkpoint, lecture, ranks, timing
 
     models.check(config.model, config.pretrained)
     runs.check_out(config)
@@ -64,6 +64,7 @@ def train(config):
         facts = runs.facts(config, dls, model, computer)
         if config.dry_run:
             ranks.on_first(runs.show)(asked, config, facts)
+            ranks.on_first(lambda: print(timing.expectation(learn, config, computer.precision)[1]))()
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
         run = ranks.on_first(runs.open, runs.Elsewhere())(config, asked, facts)
@@ -77,6 +78,7 @@ def begin(learn, config, run, facts, past):
     from lib.data import augment
     from lib.data.decode import RESIZE_RULE
     from lib.explain import evaluate
+    from lib.train import timing
 
     print(runs.banner(config, facts, run.path), flush=True)
     if not past:
@@ -84,7 +86,12 @@ def begin(learn, config, run, facts, past):
         run.save_augmentation(augment.saved(learn.dls.augment))
         run.save_model_card(models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
         evaluate.save_train_batch(learn, config, run)
-        run.note(lr=evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr)
+        lr, step = evaluate.range_test(learn, config, run) if config.lr == "find" else (config.lr, None)
+        run.note(lr=lr)
+        if not config.lr_find_only:
+            seconds, line = timing.expectation(learn, config, facts["precision"], step)
+            run.note(expected_seconds=seconds)
+            print(line, flush=True)
     report.write(run.path, live=not config.lr_find_only, show=config.open)
     return run.env["lr"]
 

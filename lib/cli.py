@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -46,6 +47,20 @@ def guess(word, words):
     """' (did you mean …?)' with the nearest of `words`, or nothing."""
     near = difflib.get_close_matches(brief(word).strip("'"), words, 1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def duration(seconds):
+    """Seconds as people say it."""
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 600 else f"{round(minutes / 60)} h"
+
+
+def until(seconds):
+    """'until 13:40', where it is now so many seconds before; with the day where that is another."""
+    end, now = time.localtime(time.time() + seconds), time.localtime()
+    return "until " + time.strftime("%H:%M" if end[:3] == now[:3] else "%a %H:%M", end)
 
 
 def command(function):

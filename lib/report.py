@@ -23,7 +23,7 @@ from urllib.parse import quote
 import yaml
 
 from lib import runs
-from lib.cli import BadInput, Parser, command, one_line, printable, read_json
+from lib.cli import BadInput, Parser, command, duration, one_line, printable, read_json
 from lib.config import Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -60,12 +60,6 @@ def as_text(facts):
     return {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in facts.items()}
 
 
-def duration(seconds):
-    """Seconds as people say it."""
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
-
-
 def command_line(args, env):
     """The command line of the settings `args`; what was typed, where they are those of another version."""
     try:
@@ -91,7 +85,8 @@ def headline(args, env, rows, summary, live):
     if summary:
         return final_headline(summary, env["images"]["test"], rows)
     if not n:
-        return [["epoch", f"0 of {epochs}", "the first is under way" if live else ""]]
+        expected = f"all take about {duration(env['expected_seconds'])}" if "expected_seconds" in env else ""
+        return [["epoch", f"0 of {epochs}", expected if live else ""]]
     best = max(range(n), key=lambda i: rows["valid_acc"][i])
     seconds = rows["seconds"][-1]
     when = f"about {duration(seconds / n * (epochs - n))} left" if live else f"{duration(seconds)} so far"

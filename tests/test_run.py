@@ -26,7 +26,7 @@ from train_fastai import main
 
 ROOT = Path(__file__).parent.parent
 FILES = """args.yaml augment.yaml env.json lr_find.csv lr_find.png results.csv results.png
-confusion_matrix.csv confusion_matrix.png mistakes.csv gradcam.png train_batch.png summary.json
+calibration.csv classes.csv confusion_matrix.csv confusion_matrix.png mistakes.csv gradcam.png train_batch.png summary.json
 weights/best.safetensors weights/model.json weights/last.pt weights/last.pt.before gallery.json report.html""".split()
 COLUMNS = "epoch,seconds,lr,momentum,batch_size,train_loss,train_acc,valid_loss,valid_acc,test_loss,test_acc"
 CIFAR = ROOT / "../shared/data/cifar10.tgz"
@@ -41,7 +41,8 @@ def rows_of(path):
 def smoke(tmp_path_factory, cache):
     """(run folder, stdout, seconds) of `train_fastai.py --smoke` as a process of its own."""
     out, start = tmp_path_factory.mktemp("runs"), time.perf_counter()
-    command = [sys.executable, "train_fastai.py", "--smoke", "--precision", "float32", "--out", out, "--cache", cache]
+    command = [sys.executable, "train_fastai.py", "--smoke", "--precision", "float32", "--threads", 2, "--out", out]
+    command += ["--cache", cache]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return out / "digits-plateau-s0", done.stdout, time.perf_counter() - start
@@ -111,6 +112,8 @@ def test_lr_find_equals_lr_x_to_the_bit(smoke, tmp_path, cache):
         "float32",
         "--lr",
         repr(lr),
+        "--threads",
+        2,
         "--out",
         tmp_path,
         "--cache",

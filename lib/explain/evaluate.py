@@ -130,7 +130,10 @@ def save_train_batch(learn, config, run, most=32):
 
 
 def range_test(learn, config, run):
-    """Runs the range test, writes lr_find.csv and lr_find.png, and returns the rate that `--lr-suggest` names."""
+    """Runs the range test and writes lr_find.csv and lr_find.png.
+
+    Returns the rate that `--lr-suggest` names, and the seconds of an update.
+    """
     linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
     test = lr_range.find(learn, 1e-5, config.lr_high, config.lr_iters, linear=linear, on_valid=on_valid)
     suggestions, curves = test.suggestions, (test.lrs, test.losses, test.smooth_losses)
@@ -142,7 +145,7 @@ def range_test(learn, config, run):
     passes = f", in {test.epochs} passes over the training images" if test.epochs > 1 else ""
     print(f"range test: {len(test.lrs)} batches{passes}: {rates}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
     run.note(lr_suggestions=suggestions)
-    return lr
+    return lr, test.step_seconds
 
 
 def optimizer_state_bytes(opt):

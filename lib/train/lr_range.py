@@ -1,6 +1,7 @@
 """The LR range test: a mock training with a growing rate (Smith, arXiv 1506.01186; exponential form: fastai)."""
 
 import math
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,7 @@ class RangeTest:
     smooth_losses: np.ndarray  # (n,) the same, smoothed without delay
     epochs: int  # passes over the training images, complete or not, that it took
     num_it: int  # updates that were asked for
+    step_seconds: float = math.nan  # median of the updates
 
     def trimmed(self):
         """(rates, smoothed losses) as tensors, without the first tenth and the last five points, as fastai has it."""
@@ -53,6 +55,7 @@ class RangeTestCallback(Callback):
         batches,  # of valid, whose loss is looked at after each update; none: that of the training batch
     ):
         self.rates, self.stop_div, self.batches, self.curve, self.best = lrs, stop_div, batches, [], math.inf
+        self.times = []  # at the end of each update
 
     def before_fit(self):
         self.started_at, self.group = self.learn.epochs_trained, []
@@ -72,6 +75,7 @@ class RangeTestCallback(Callback):
         self.group.append(learn.loss.item())
         if learn.updates_after(learn.iter):
             self.curve.append(learn.evaluate(self.batches).values[0] if self.batches else np.mean(self.group))
+            self.times.append(time.perf_counter())
             self.group, recent = [], np.mean(self.curve[-5:])
             self.best = min(self.best, recent)
             if len(self.curve) == len(self.rates) or (self.stop_div and not recent <= DIVERGED * self.best):
@@ -82,7 +86,10 @@ class RangeTestCallback(Callback):
 
 
 def run(learn, lrs, stop_div=True, on_valid=False):
-    """(rates, raw losses, epochs begun) of one mock update a rate, on a copy; leaves no trace in `learn`."""
+    """(rates, raw losses, epochs begun, median seconds) of one mock update a rate, on a copy of the model.
+
+    It leaves no trace in `learn`. The first updates, in which memory is found, do not count for the seconds.
+    """
     loader = learn.dls.train
     if len(loader) == 0:
         raise BadInput("the range test needs at least one training batch")
@@ -103,7 +110,8 @@ def run(learn, lrs, stop_div=True, on_valid=False):
             if epoch is not None:
                 loader.epoch = epoch
     n = len(test.curve)
-    return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1
+    seconds = float(np.median(np.diff(test.times)[min(2, n - 2) :])) if n > 1 else math.nan
+    return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1, seconds
 
 
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
@@ -117,9 +125,9 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
     if num_it < 10:
         raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
     lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
-    lrs, losses, epochs = run(learn, lrs, stop_div, on_valid)
+    lrs, losses, epochs, seconds = run(learn, lrs, stop_div, on_valid)
     last = lrs[:, -1] if lrs.ndim == 2 else lrs
-    test = RangeTest(last, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it)
+    test = RangeTest(last, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it, seconds)
     look(test)
     check_fall(test.losses, test.smooth_losses)
     return test

@@ -5,6 +5,7 @@ import time
 from fastai.callback.core import Callback
 from tqdm import tqdm
 
+from lib.cli import duration, until
 from lib.train.plateau import ReduceLROnPlateau
 
 
@@ -44,7 +45,7 @@ class EpochLines(Callback):
 
     def after_epoch(self):
         rows = self.learn.recorder.rows
-        print(epoch_line(rows[-1], self.n_epoch), flush=True)
+        print(epoch_line(rows[-1], self.n_epoch) + time_left(rows, self.n_epoch), flush=True)
         owner = next((cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)), None)
         for name, changes in (("lr", owner.reductions), ("batch_size", getattr(owner, "growths", []))) if owner else ():
             if changes and changes[-1][0] == rows[-1]["epoch"]:
@@ -53,6 +54,12 @@ class EpochLines(Callback):
                 print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
         if self.on_epoch:
             self.on_epoch(rows)
+
+
+def time_left(rows, n_epoch):
+    """', 41 min left (until 13:40)', at the pace of the epochs so far; nothing where little is left."""
+    left = rows[-1]["seconds"] / len(rows) * (n_epoch - len(rows))
+    return f", {duration(left)} left ({until(left)})" if left >= 60 else ""
 
 
 def epoch_line(row, n_epoch):

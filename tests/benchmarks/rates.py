@@ -147,7 +147,7 @@ def accuracy_at(lr, *task):
 
 def curve(highest, *task):
     """(rates, losses, passes over the images) of a range test."""
-    lrs, losses, epochs = lr_range.run(learner(*task)[1], np.geomspace(START, highest, POINTS))
+    lrs, losses, epochs, _ = lr_range.run(learner(*task)[1], np.geomspace(START, highest, POINTS))
     return {"lrs": [float(f"{x:.6g}") for x in lrs], "losses": [float(f"{x:.6g}") for x in losses], "epochs": epochs}
 
 

@@ -1,0 +1,41 @@
+"""How long a fit will take, from a few real steps."""
+
+import dataclasses
+import time
+
+import numpy as np
+
+from lib import models
+from lib.cli import duration, until
+from lib.train import lr_range
+from lib.train.learner import build
+
+STEPS = 6  # that are timed; the first two are not counted
+LONG = 1800  # seconds from which a faster network is named
+
+
+def step_seconds(learn):
+    """Median seconds of a real update, on a copy of the model; leaves no trace in `learn`."""
+    return lr_range.run(learn, np.full(STEPS, 1e-9), stop_div=False)[3]
+
+
+def epoch_seconds(learn, step):
+    """Seconds of an epoch whose updates take `step` seconds each: those of training, and of valid and test after it."""
+    valid, test = learn.dls.valid, getattr(learn.dls, "test", None)
+    batch = valid.plain()
+    start = time.perf_counter()
+    learn.evaluate([batch])
+    image = (time.perf_counter() - start) / len(batch[0])
+    images = len(valid.dataset) + (len(test.dataset) if test is not None else 0)
+    return step * -(-len(learn.dls.train) // learn.accumulate) + image * images
+
+
+def expectation(learn, config, precision, step=None):
+    """(seconds, line that says so) of the epochs of a run, from its range test's `step` seconds or a few steps."""
+    seconds = config.epochs * epoch_seconds(learn, step or step_seconds(learn))
+    line = f"{config.epochs} epochs take about {duration(seconds)} here ({until(seconds)})"
+    if seconds > LONG and config.model != "small" and not config.pretrained:
+        model = models.build("small", len(learn.dls.vocab), images=learn.dls.train.plain()[0])
+        small = build(dataclasses.replace(config, model="small", freeze_epochs=0), learn.dls, model, precision)
+        line += f"; --model small: about {duration(config.epochs * epoch_seconds(small, step_seconds(small)))}"
+    return seconds, line
