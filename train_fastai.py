@@ -9,6 +9,7 @@ uv run train_fastai.py --help                every setting
 import dataclasses
 import signal
 import sys
+import time
 
 from lib import cli
 from lib import config as settings
@@ -43,6 +44,7 @@ def main(argv=None):
 
 def train(config):
     """One run, from data to explained mistakes, in this process or in all that torchrun started."""
+    start = time.perf_counter()
     from lib import data, machine, models, runs
     from lib import train as training
     from lib.train import checkpoint, lecture, ranks, timing
@@ -69,7 +71,7 @@ def train(config):
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
         run = ranks.on_first(runs.open, runs.Elsewhere())(config, asked, facts)
         lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past))
-        return 0 if config.lr_find_only else fit(learn, config, run, past, lr)
+        return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
 
 
 def begin(learn, config, run, facts, past):
@@ -96,7 +98,7 @@ def begin(learn, config, run, facts, past):
     return run.env["lr"]
 
 
-def fit(learn, config, run, past, lr):
+def fit(learn, config, run, past, lr, start):
     """Trains, then evaluates and explains the best weights; returns the exit status."""
     from lib import report
     from lib import train as training
@@ -111,7 +113,7 @@ def fit(learn, config, run, past, lr):
     try:
         with saved.signals():
             training.fit(learn, config, lr)
-        ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best)
+        ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best, start)
         return 0
     except recorder.Diverged as e:
         complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))

@@ -158,14 +158,16 @@ def table(variants):
     target = variants[first][0]["summary"]["target"]
     score_by_seed = lambda runs: {run["args"]["seeds"][0]: run["summary"]["test_acc"] for run in runs}
     scores = {name: score_by_seed(runs) for name, runs in variants.items()}
+    reached = [f"epochs to {target:g}", f"seconds to {target:g}"] if target else []
     rows = [["variant", "n", "test accuracy, best by valid", "test accuracy, last", "valid accuracy",
-             f"epochs to {target:g}", f"seconds to {target:g}", "seconds", f"against {first}"]]  # fmt: skip
+             *reached, "seconds", f"against {first}"]]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     verdicts = []
     for name, runs in variants.items():
         forms = dict.fromkeys(("test_acc", "last_test_acc", "valid_acc"), "{:.4f}")
-        forms |= {"epochs_to_target": "{:.1f}" if len(runs) > 1 else "{:.0f}"}
-        forms |= dict.fromkeys(("seconds_to_target", "train_seconds"), "{:.0f}")
+        if target:
+            forms |= {"epochs_to_target": "{:.1f}" if len(runs) > 1 else "{:.0f}", "seconds_to_target": "{:.0f}"}
+        forms |= {"train_seconds": "{:.0f}"}
         cells = [spread([run["summary"][key] for run in runs], form) for key, form in forms.items()]
         against, seeds = "", [seed for seed in scores[name] if seed in scores[first]]
         if name != first and seeds:

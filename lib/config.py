@@ -36,10 +36,11 @@ MOST_VARIANTS, MOST_NAME, MOST_TEXT = 1000, 120, 10**6  # in a comparison; chara
 
 # The defaults of the settings that say None below. A source of images has its own, and so have other settings' values.
 COMMON = dict(
-    epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2, ema=0.0, threshold=1e-4
+    epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2, ema=0.0, threshold=1e-4,
+    target=0.0,
 )  # fmt: skip
-SOURCES = {
-    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04},  # the loss of averaged weights creeps on
+SOURCES = {  # the loss of averaged weights creeps on
+    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04, "target": 0.88},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 IMPLIED = {  # setting: what its value makes the defaults of settings below it
@@ -123,7 +124,7 @@ class Config:
     checkpoint_seconds: int = option(600, "seconds between checkpoints within an epoch; 0: at its end alone", low=0)
     resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
     cache: str = option("", "folder for downloads (default fastai's) and, if given, for decoded images")
-    target: float = option(0.88, "test accuracy whose first epoch and second the summary names", low=0, high=1)
+    target: float = option(None, "test accuracy whose first epoch is named; 0: none (0; cifar10 0.88)", low=0, high=1)
     gallery: int = option(25, "mistakes explained in gradcam.png", low=0, high=100)
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")

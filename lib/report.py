@@ -115,7 +115,7 @@ def final_headline(s, images, rows):
     return [
         ["test accuracy", f"{s['test_acc']:.4f}", right],
         ["weights kept", f"epoch {s['best_epoch']}", chosen],
-        [f"test accuracy of {s['target']:g}", *reached],
+        *([[f"test accuracy of {s['target']:g}", *reached]] if s["target"] else []),
         ["training", duration(s["train_seconds"]), f"{s['images_per_second']:,.0f} images/s, evaluation included"],
     ]
 
@@ -185,7 +185,7 @@ def of_run(folder, live):
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note,
         "headline": headline(args, env, rows, summary, live), "settings": settings(args, env),
-        "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"],
+        "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"] or None,
         "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
         "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],

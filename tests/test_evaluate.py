@@ -71,7 +71,7 @@ def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, 
     shown = []
     draw = plots.gradcam
     monkeypatch.setattr(plots, "gradcam", lambda *args: shown.append(len(args[0])) or draw(*args))
-    evaluate.report(learn, config, run, learn.recorder.rows, best)
+    evaluate.report(learn, config, run, learn.recorder.rows, best, 0.0)
     rows = list(csv.DictReader(open(run / "mistakes.csv")))
     assert len(rows) == wrong and shown == ([min(10, wrong)] if wrong else [])
     assert (run / "gradcam.png").exists() == bool(wrong)
@@ -122,7 +122,7 @@ def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, fli
     best = averaging.KeepBest()
     learn.fit(1, 0.02, cbs=best)
     run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.02, params=1)
-    evaluate.report(learn, config, run, learn.recorder.rows, best)
+    evaluate.report(learn, config, run, learn.recorder.rows, best, 0.0)
     summary, told = json.loads((run / "summary.json").read_text()), capsys.readouterr().out
     for name in ("valid", "test"):
         dl, found = getattr(learn.dls, name), summary[f"tta_{name}_acc"]

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from sklearn import metrics
 
 from lib import models
+from lib.cli import duration
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
@@ -155,7 +157,7 @@ def optimizer_state_bytes(opt):
 
 def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
     """The content of summary.json; `valid` and `test` are outcomes of the kept weights, `tta` their `tta_accuracy`."""
-    reached = next((row for row in rows if row["test_acc"] >= config.target), None)
+    reached = next((row for row in rows if row["test_acc"] >= config.target), None) if config.target else None
     return {
         "test_acc": accuracy(*test[:2]), "valid_acc": accuracy(*valid[:2]),
         "tta_test_acc": tta[1], "tta_valid_acc": tta[0],
@@ -218,8 +220,11 @@ def save_mistakes(learn, config, run, test, images_of_test):
     return n
 
 
-def report(learn, config, run, rows, best):
-    """Summary, confusion, mistakes and figures of the kept weights (`best`: a KeepBest), evaluated once in float32."""
+def report(learn, config, run, rows, best, start):
+    """Summary, confusion, mistakes and figures of the kept weights (`best`: a KeepBest), evaluated once in float32.
+
+    `start` is when the run began, as `time.perf_counter` has it.
+    """
     learn.model.load_state_dict(best.state)
     loaders, tta = (learn.dls.valid, learn.dls.test), [None, None]
     valid, test = outcomes = [outcome(learn, dl) for dl in loaders]
@@ -233,6 +238,7 @@ def report(learn, config, run, rows, best):
     save_scores(run, test, list(learn.dls.vocab))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
+    summary["total_seconds"] = time.perf_counter() - start
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)
@@ -245,13 +251,14 @@ def closing(s, explained, path, uneven):
     tta = "" if s["tta_test_acc"] is None else f"; with each image's mirror image (tta) {s['tta_test_acc']:.4f}"
     epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
     when = f"reached after {epochs} epochs, {seconds:.0f} s" if epochs else "not reached"
+    target = f"target {s['target']:g} of test accuracy {when}; " if s["target"] else ""
     balanced = f"classes are uneven: balanced accuracy {s['balanced_acc']:.4f}, macro-F1 {s['macro_f1']:.4f}\n"
     balanced = balanced if uneven else ""
     mistakes = f"{explained} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes to explain"
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
         f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{balanced}"
-        f"target {s['target']:g} of test accuracy {when}; {s['epochs']} epochs in {s['train_seconds']:.0f} s, "
-        f"{s['images_per_second']:.0f} images/s\n"
+        f"{target}{s['epochs']} epochs in {duration(s['train_seconds'])}, {s['images_per_second']:.0f} images/s; "
+        f"{duration(s['total_seconds'])} in all, with reading, range test and explanations\n"
         f"{mistakes}; open {path / 'report.html'}"
     )
