@@ -66,6 +66,7 @@ def train(config):
         facts = runs.facts(config, dls, model, computer)
         if config.dry_run:
             ranks.on_first(runs.show)(asked, config, facts)
+            ranks.on_first(data.say_doubts)(dls)
             ranks.on_first(lambda: print(timing.expectation(learn, config, computer.precision)[1]))()
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
@@ -76,7 +77,7 @@ def train(config):
 
 def begin(learn, config, run, facts, past):
     """What a run writes before it trains; returns its learning rate, found by the range test or given."""
-    from lib import models, report, runs
+    from lib import data, models, report, runs
     from lib.data import augment
     from lib.data.decode import RESIZE_RULE
     from lib.explain import evaluate
@@ -84,6 +85,7 @@ def begin(learn, config, run, facts, past):
 
     print(runs.banner(config, facts, run.path), flush=True)
     if not past:
+        data.say_doubts(learn.dls, run.path)
         run.save_skipped(learn.dls.store.skipped)
         run.save_augmentation(augment.saved(learn.dls.augment))
         run.save_model_card(models.card(config.model, learn.dls, RESIZE_RULE, config.flip))

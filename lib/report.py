@@ -189,6 +189,7 @@ def of_run(folder, live):
         "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
         "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],
+        "doubts": read_table(folder / "doubts.csv")[1:],
         **(mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])),
         "summary": {k: v for k, v in (summary or {}).items() if k in OVERALL},
         "command": command_line(asked, env), "typed": env.get("command", ""),

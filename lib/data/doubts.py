@@ -1,0 +1,154 @@
+"""What is worth a look before an hour of training: near copies, classes with few images, images that stand out."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
+
+from lib.cli import printable
+from lib.runs import write_csv
+
+ACROSS = "near copies across sets"
+COLUMNS = ("doubt", "file", "detail")
+FEW = 10  # training images of a class; the word of the table says so too
+BITS, LEVELS = 3, 6  # of 64 bits of the hash, and of 255 mean levels of a thumbnail: near copies differ by no more
+PLAIN = 6  # standard deviation, in levels of 255, below which an image is nearly of one colour; below twice it, a sky
+DRAWN = 0.5  # share of one exact colour, where half of the images have no more than a tenth of it: drawn, not a photo
+FAR = 4  # times as large or small as the median image
+MANY = 10_000  # images above which files are not opened again to look at sizes and colours
+REACH = 300  # neighbours in a band of the hash that are compared
+SETS = ("train", "valid", "test")
+
+
+def say(dls, folder=None):
+    """Prints what stands out in the images of `dls`, and writes all of it to doubts.csv in `folder`."""
+    rows = look(dls)
+    if not rows:
+        return
+    if folder:
+        write_csv(folder / "doubts.csv", rows)
+    sizes = {name: len(getattr(dls, name).ids) for name in SETS}
+    where = " (doubts.csv has all)" if folder else ""
+    print(f"worth a look before training{where}:", *map(printable, table(rows, sizes)), sep="\n", flush=True)
+
+
+def look(dls):
+    """What stands out in the images of `dls`, as rows of doubts.csv: {doubt, file, detail}, the gravest first."""
+    store = dls.store
+    ids = np.array(sorted({i for name in SETS for i in getattr(dls, name).ids}))
+    place = {i: name for name in reversed(SETS) for i in getattr(dls, name).ids}
+    label = {i: dls.vocab[k] for name in SETS for i, k in zip(getattr(dls, name).ids, getattr(dls, name).labels)}
+    hashes, thumbnails = prints(store, ids)
+    rows = [*copies(store, ids, place, label, hashes, thumbnails), *few(dls)]
+    return [dict(zip(COLUMNS, row)) for row in [*rows, *plain(store, ids, thumbnails), *odd(store, ids)]]
+
+
+def prints(store, ids):
+    """Of each image a perceptual hash of 64 bits, (n,) uint64, and a thumbnail of 8 x 8 colours, (n, 192).
+
+    A bit of the hash says whether a patch is darker than the one to its right (Krawetz, dHash).
+    """
+    hashes, thumbnails = np.empty(len(ids), np.uint64), np.empty((len(ids), 192), np.float32)
+    groups = {}
+    for row, i in enumerate(ids):
+        groups.setdefault(tuple(store.shapes[i]), []).append(row)
+    for rows in groups.values():
+        for part in (rows[a : a + 256] for a in range(0, len(rows), 256)):
+            x = torch.from_numpy(np.stack([store[ids[row]] for row in part])).movedim(3, 1).float()
+            grey = adaptive_avg_pool2d(x.mean(1, keepdim=True), (8, 9))[:, 0].numpy()
+            bits = (grey[:, :, 1:] > grey[:, :, :-1] + 0.5).reshape(len(part), 64)
+            hashes[part] = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+            thumbnails[part] = adaptive_avg_pool2d(x, 8).flatten(1).numpy()
+    return hashes, thumbnails
+
+
+def pairs(hashes, thumbnails):
+    """Pairs of rows that are near copies: (k, 2).
+
+    Of hashes that differ in at most 3 bits one quarter at least is equal: rows are compared with those next to them in
+    the order of each quarter.
+    """
+    found, bare = set(), deviations(thumbnails) < 2 * PLAIN  # skies are alike, and no copies
+    for band in hashes.view(np.uint16).reshape(-1, 4).T:
+        order = np.argsort(band, kind="stable")
+        for shift in range(1, min(REACH, len(order))):
+            same = band[order[shift:]] == band[order[:-shift]]
+            if not same.any():
+                break
+            a, b = order[:-shift][same], order[shift:][same]
+            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS
+            a, b = a[close], b[close]
+            close = (np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= LEVELS) & ~bare[a]
+            found |= set(zip(np.minimum(a, b)[close].tolist(), np.maximum(a, b)[close].tolist()))
+    return sorted(found)
+
+
+def deviations(thumbnails):
+    """The standard deviation of the most varied channel of each thumbnail, in levels of 255."""
+    return thumbnails.reshape(len(thumbnails), 3, 64).std(2).max(1)
+
+
+def copies(store, ids, place, label, hashes, thumbnails):
+    """Near copies: across sets first, then in two classes, then within one class of a set."""
+    kinds = {ACROSS: [], "near copies in two classes": [], "near copies": []}
+    for pair in pairs(hashes, thumbnails):
+        one, other = sorted((ids[row] for row in pair), key=lambda i: -SETS.index(place[i]))
+        kind = "near copies" if label[one] == label[other] else "near copies in two classes"
+        kind = kind if place[one] == place[other] else ACROSS
+        of = lambda i: f"{place[i]}: {store.names[i]}"
+        kinds[kind].append((kind, of(one), of(other)))
+    return [row for rows in kinds.values() for row in rows]
+
+
+def few(dls):
+    """Classes with few training images."""
+    counts = Counter(np.asarray(dls.train.labels).tolist())
+    small = [(counts[k], name) for k, name in enumerate(dls.vocab) if counts[k] < FEW]
+    return [("under 10 training images", name, f"{n} in train") for n, name in sorted(small)]
+
+
+def plain(store, ids, thumbnails):
+    """Images nearly of one colour, where they are the exception."""
+    deviation = deviations(thumbnails)
+    if np.median(deviation) < 3 * PLAIN:
+        return []
+    return [("nearly one colour", store.names[ids[row]], "") for row in np.flatnonzero(deviation < PLAIN)]
+
+
+def odd(store, ids):
+    """Images that are drawn among photographs, and those of a size far from the others'."""
+    if len(ids) > MANY:
+        return []
+    sides, shares = [], []
+    for i in ids:
+        with Image.open(store.paths[i]) as image:  # its header: no pixels are read
+            sides.append(max(image.size))
+        pixels = store[i][:: max(len(store[i]) // 32, 1), :: max(store[i].shape[1] // 32, 1)].reshape(-1, 3)
+        shares.append(np.unique(pixels.astype(np.uint32) @ [65536, 256, 1], return_counts=True)[1].max() / len(pixels))
+    usual, drawn = np.median(sides), np.array(shares) > DRAWN if np.median(shares) < DRAWN / 10 else ()
+    rows = [("drawn, not a photograph", store.names[ids[row]], "") for row in np.flatnonzero(drawn)]
+    for i, side in zip(ids, sides):
+        if not usual / FAR <= side <= usual * FAR:
+            rows.append(("far from the usual size", store.names[i], f"{side} pixels; the median is {usual:.0f}"))
+    return rows
+
+
+def table(rows, sizes, shown=3):
+    """`rows` as lines for the terminal: each doubt with how often it is there, and its first files.
+
+    `sizes` are the numbers of images of each set.
+    """
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(row["doubt"], []).append(row)
+    lines = []
+    for kind, found in kinds.items():
+        number = f"{len(found):,}"
+        if kind == ACROSS:
+            in_sets = Counter(file.split(":")[0] for file in {row["file"] for row in found})
+            number = ", ".join(f"{n:,} of {sizes[name]:,} {name} images" for name, n in in_sets.items())
+        first = "; ".join(f"{row['file']} ({row['detail']})" if row["detail"] else row["file"] for row in found[:shown])
+        lines.append(f"  {kind}: {number}: {first}" + ("; …" if len(found) > shown else ""))
+    return lines
