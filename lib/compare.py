@@ -25,7 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 NEEDED = {*COLUMNS, "target"} - {"variant", "seed", "last_train_acc", "folder"}  # numbers of a summary
 FREE = (*MACHINE, "out")  # settings that may change while a comparison goes on
-ASIDE = (*FREE, "seeds", "name", "gallery")  # settings that do not tell variants
+ASIDE = (*FREE, "seeds", "name", "gallery", "cam")  # settings that do not tell variants
 
 
 def run(configs, train):

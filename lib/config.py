@@ -22,6 +22,7 @@ OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
 MONITORS = ("valid_loss", "valid_acc", "macro_f1", "train_loss", "train_acc")
 KEEP = ("valid_acc", "valid_loss", "macro_f1")
+CAMS = ("gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam")
 SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = ("plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch")
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
@@ -30,7 +31,7 @@ AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # sev
 PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
 MACHINE = "resume cache device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
-FREE = (*MACHINE, "epochs", "data", "target", "gallery")
+FREE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
 RESOLVED = ("threads", "precision", "size", "batch_size")  # a resumed run keeps what `auto` became
 MOST_VARIANTS, MOST_NAME, MOST_TEXT = 1000, 120, 10**6  # in a comparison; characters of its folder, and of a YAML file
 
@@ -90,6 +91,7 @@ class Config:
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
     keep: Literal[*KEEP] = option("valid_acc", "what is best in the epoch whose weights are kept")
+    stop_after: int = option(0, "stop after so many epochs in which --monitor is no better; 0: never", low=0)
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
@@ -115,6 +117,8 @@ class Config:
     cutout: int = option(8, "cutout's side, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
     flip: bool = option(None, "flip horizontally in every other epoch (on; digits off)")
+    mixup: float = option(0.0, "alpha of mixup, such as 0.4; 0: none", low=0, high=100)
+    cutmix: float = option(0.0, "alpha of cutmix, such as 1; 0: none", low=0, high=100)
     precision: Literal["auto", "float32", "bf16", "fp16"] = option("auto", "number format; auto: bf16 if the chip can")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | Auto = option("auto", "loader processes; auto: 0 on a CPU", "-j", low=0, high=256)
@@ -125,6 +129,7 @@ class Config:
     resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
     cache: str = option("", "folder for downloads (default fastai's) and, if given, for decoded images")
     target: float = option(None, "test accuracy whose first epoch is named; 0: none (0; cifar10 0.88)", low=0, high=1)
+    cam: Literal[*CAMS] = option("gradcam", "which of grad-cam's methods explains")
     gallery: int = option(25, "mistakes explained in gradcam.png", low=0, high=100)
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")
@@ -146,6 +151,8 @@ class Config:
             raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
         if self.small_epochs >= self.epochs:
             raise BadInput(f"--small-epochs: must be fewer than the {self.epochs} epochs, not {self.small_epochs}")
+        if self.mixup and self.cutmix:
+            raise BadInput("--mixup, --cutmix: pass one of them, not both")
         if self.freeze_epochs and not self.pretrained:
             raise BadInput("--freeze-epochs: needs --pretrained; fresh weights are not worth keeping")
         if self.pretrained == "torchvision" and self.model in MODELS:

@@ -71,7 +71,7 @@ def mistakes(learn, k=None, on_test=None):
     return rows
 
 
-def explain(learn, rows):
+def explain(learn, rows, method="gradcam"):
     """Rows of mistakes.csv as (images (n, h, w, 3) uint8, maps for the prediction, maps for the truth (n, h, w))."""
     dl, store, vocab = learn.dls.test, learn.dls.store, list(learn.dls.vocab)
     place = {store.names[number]: i for i, number in enumerate(dl.ids)}
@@ -79,8 +79,8 @@ def explain(learn, rows):
     images = batch[0].permute(0, 2, 3, 1).numpy()
     x = dl.after_batch(to_device(batch, learn.device))[0]
     layer = models.cam_layer(learn.model, store.size)
-    maps = [gradcam.maps(learn.model, layer, x, [vocab.index(row[c]) for row in rows]) for c in ("prediction", "truth")]
-    return images, *maps
+    targets = [[vocab.index(row[column]) for row in rows] for column in ("prediction", "truth")]
+    return images, *(gradcam.maps(learn.model, layer, x, each, method=method) for each in targets)
 
 
 def pictured(rows, gallery, most=100):
@@ -211,7 +211,7 @@ def save_mistakes(learn, config, run, test, images_of_test):
     wrong = mistakes(learn, None, test)
     write_csv(run / "mistakes.csv", wrong, MISTAKE_COLUMNS)
     n, shown = min(config.gallery, len(wrong)), pictured(wrong, config.gallery)
-    pictures = explain(learn, shown) if shown else ([], [], [])
+    pictures = explain(learn, shown, config.cam) if shown else ([], [], [])
     save_gallery(run, shown, *pictures)
     if n:
         which = "All" if n == len(wrong) else "The worst"

@@ -1,4 +1,4 @@
-"""GradCAM maps (Selvaraju et al., arXiv 1610.02391) by the grad-cam package, on a copy of the model."""
+"""GradCAM maps (Selvaraju et al., arXiv 1610.02391), and those of its kin, by the grad-cam package, on a copy."""
 
 import copy
 
@@ -7,6 +7,15 @@ import torch
 
 from lib.models import as_map
 
+METHODS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "xgradcam": "XGradCAM",
+    "eigencam": "EigenCAM",
+}  # name -> class of the grad-cam package
+
 
 def maps(
     model,  # network: images -> logits (n, classes)
@@ -14,13 +23,14 @@ def maps(
     images,  # (n, channels, h, w) float tensor, normalised as for the network
     targets,  # n class numbers: what each map explains
     batch_size=None,  # images at a time; None: 64 of 64 x 64 pixels, fewer of larger ones
+    method="gradcam",  # one of METHODS
 ):
     """Where the network saw the target class in each image: (n, h, w) float32 array in 0..1.
 
     `model` is left as it was: weights, mode, gradients, hooks. Raises ValueError where `targets` and `images` differ in
     number, or `layer` is not in `model`.
     """
-    from pytorch_grad_cam import GradCAM
+    import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     if len(targets) != len(images):
@@ -32,7 +42,7 @@ def maps(
     batch_size = batch_size or max(1, min(64, 64 * 64**2 // images.shape[-1] ** 2))
     twin = copy.deepcopy(model).float().eval().requires_grad_(True)
     twin.zero_grad()
-    cam = GradCAM(twin, [twin.get_submodule(name)], reshape_transform=as_map)
+    cam = getattr(pytorch_grad_cam, METHODS[method])(twin, [twin.get_submodule(name)], reshape_transform=as_map)
     # what comes next gets a copy, so that an in-place ReLU leaves alone what the hooks of GradCAM have kept
     twin.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.clone())
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):

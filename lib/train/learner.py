@@ -15,6 +15,7 @@ from fastai.callback.core import (
     CancelStepException,
     _inner_loop,
 )
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
@@ -36,7 +37,7 @@ from lib.train.lecture import GradNoise, balanced_order
 from lib.train.looks import Looks
 from lib.train.loss import TrainingLoss, class_weights
 from lib.train.optimizers import OPTIMIZERS, GroupedOptimizer, undecayed
-from lib.train.plateau import Plateau, plateau_options
+from lib.train.plateau import Plateau, StopEarly, plateau_options
 from lib.train.randomness import seed_from
 from lib.train.recorder import EpochRecorder
 
@@ -307,6 +308,10 @@ def build(config, dls, model, precision="float32", cbs=None):
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
     if config.ema:
         cbs.append(EMA(config.ema))
+    if config.mixup or config.cutmix:
+        cbs.append(MixUp(config.mixup) if config.mixup else CutMix(config.cutmix))
+    if config.stop_after:
+        cbs.append(StopEarly(config.monitor, patience=config.stop_after))
     if config.balanced_batches:
         dls.train.order = balanced_order
     options = dict(

@@ -2,9 +2,10 @@
 
 import math
 
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import ReduceLROnPlateau as FastaisReduceLROnPlateau
+from fastai.callback.tracker import TrackerCallback
 
 
 class Plateau:
@@ -149,3 +150,38 @@ class ReduceLROnPlateau(Callback):
     def load_state_dict(self, state):
         self.plateau.load_state_dict(state["plateau"])
         self.reductions, self.rates = [tuple(r) for r in state["reductions"]], list(state["rates"])
+
+
+class StopEarly(TrackerCallback):
+    """Ends a fit after `patience` epochs in which the monitored value is no better, when the last of them is whole.
+
+    fastai's EarlyStoppingCallback ends it in the middle of its epoch: what comes later in order misses that one.
+    """
+
+    order, wait = 61, 0
+
+    def __init__(
+        self,
+        monitor="valid_loss",  # a name of `learn.recorder.metric_names`
+        patience=1,  # epochs
+    ):
+        super().__init__(monitor)
+        self.patience = patience
+
+    def before_fit(self):
+        super().before_fit()
+        self.wait = 0
+
+    def before_epoch(self):
+        if self.wait >= self.patience:
+            raise CancelFitException
+
+    def after_epoch(self):
+        super().after_epoch()
+        self.wait = 0 if self.new_best else self.wait + 1
+
+    def state_dict(self):
+        return {"best": float(self.best), "wait": self.wait}
+
+    def load_state_dict(self, state):
+        self.best, self.wait = state["best"], state["wait"]

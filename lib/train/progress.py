@@ -6,7 +6,7 @@ from fastai.callback.core import Callback
 from tqdm import tqdm
 
 from lib.cli import duration, until
-from lib.train.plateau import ReduceLROnPlateau
+from lib.train.plateau import ReduceLROnPlateau, StopEarly
 
 
 class EpochLines(Callback):
@@ -52,6 +52,9 @@ class EpochLines(Callback):
                 old = owner.old_lr if name == "lr" else rows[-1][name]
                 change = f"{name.replace('_', ' ')} {old:.4g} -> {changes[-1][1]:.4g}"
                 print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
+        stop = next((cb for cb in self.learn.cbs if isinstance(cb, StopEarly)), None)
+        if stop and stop.wait >= stop.patience and len(rows) < self.n_epoch:
+            print(f"stopped: {stop.monitor} is no better since epoch {len(rows) - stop.wait}", flush=True)
         if self.on_epoch:
             self.on_epoch(rows)
 
