@@ -210,7 +210,8 @@ def report(folders, out, show=False):
     )
     title = out.resolve().name
     write(out / "comparison.md", "\n\n".join([f"# {title}", text, *notes]) + "\n")
-    write_figure(out / "comparison.png", plots.comparison(curves, title, runs[0]["summary"]["target"]))
+    finals = {name: [run["summary"]["test_acc"] for run in group] for name, group in variants.items()}
+    write_figure(out / "comparison.png", plots.comparison(curves, title, runs[0]["summary"]["target"], finals))
     page = pages.write(out, show=show)
     print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 

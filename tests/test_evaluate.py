@@ -163,8 +163,14 @@ def test_labels_of_the_rate_do_not_touch(cuts):
 
 
 def test_figures_say_what_they_show():
-    figure = plots.results(rows_of(10), "a run", 0.88, 3)
+    rates = np.array([[row["epoch"] - 0.5, row["lr"], 0.8 + 0.01 * row["epoch"]] for row in rows_of(10)])
+    figure = plots.results(rows_of(10), "a run", 0.88, 3, rates=rates)
     top, middle, bottom, right = figure.axes
+    assert top.get_xlim() == (0.5, 10.5) and 1 in top.get_xticks()
+    assert len(plots.results(rows_of(10), "a run").axes) == 3  # a momentum that stays has no axis
+    figure.canvas.draw()
+    for ax in (top, middle):  # no legend lies on its curves
+        assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
     labels = [t.get_text() for t in top.get_legend().get_texts()]
     assert labels == [
         "train (augmented batches)",
@@ -191,12 +197,14 @@ def test_figures_say_what_they_show():
     ax = plots.lr_find(np.geomspace(1e-5, 10, 50), raw, losses, found, "steep").axes[0]
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
     assert ax.get_ylim()[0] < 0.2  # no dip of the raw curve is cut off; what explodes is
-    assert [label for label in labels if "used" in label] == ["steep: 0.1  (used)"] and len(labels) == 6
+    assert len(labels) == 6
+    assert [label for label in labels if "used" in label] == ["steep: 0.1  (used)\n  where the loss falls fastest"]
+    assert all("\n" in label for label in labels[2:]) and set(found) <= set(plots.MEANINGS)
 
 
 @pytest.mark.parametrize("best", [0.6, 0.9])
 def test_a_target_far_above_all_curves_does_not_squeeze_them(best):
-    left, right = plots.comparison({"a": [(1, 9, 0.5), (2, 18, best)]}, "two epochs", 0.88).axes
+    left, right, _ = plots.comparison({"a": [(1, 9, 0.5), (2, 18, best)]}, "two epochs", 0.88).axes
     assert [line.get_ydata()[0] == 0.88 for ax in (left, right) for line in ax.lines[1:]] == [True, True] * (best > 0.8)
     assert left.get_ylim()[1] < best + 0.1
 
@@ -205,17 +213,37 @@ def test_a_comparison_speaks_of_bands_where_there_are_some():
     one, two = [(1, 9, 0.5), (2, 18, 0.6)], [(1, 9, 0.5), (1, 8, 0.4), (2, 18, 0.6), (2, 17, 0.7)]
     for curves, bands in (({"a": one, "b": one}, 0), ({"a": one, "b": two}, 1)):
         figure = plots.comparison(curves, "both")
-        assert [len(ax.collections) for ax in figure.axes] == [bands] * 2
+        assert [len(ax.collections) for ax in figure.axes[:2]] == [bands] * 2
         assert figure.get_suptitle() == "both" + ": mean over seeds, band of ± 1 standard deviation" * bands
+
+
+def test_a_comparison_ends_at_1_and_has_a_dot_a_seed_and_small_multiples_for_many():
+    curves = {f"v{i}": [(1, 9, 0.9), (1, 8, 1.0), (2, 18, 0.99), (2, 17, 1.0)] for i in range(7)}
+    for names in (list(curves)[:2], list(curves)):
+        some = {name: curves[name] for name in names}
+        figure = plots.comparison(some, "title", finals={name: [0.99, 1.0] for name in names})
+        *panels, dots = figure.axes
+        assert len(panels) == (2 if len(names) == 2 else 8)
+        assert panels[0].get_ylim()[1] == 1 and max(panels[0].collections[0].get_paths()[0].vertices[:, 1]) <= 1
+        assert [line.get_xdata().tolist() for line in dots.lines if len(line.get_xdata()) == 2] == [[0.99, 1.0]] * len(
+            names
+        )
+        assert len(dots.containers) == len(names)
+        figure.canvas.draw()
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 25])
 def test_a_gallery_of_any_size_and_strange_names(n):
-    row = dict(rank=1, prediction="$x^2$ <b>é\n" * 5, truth="猫", p_prediction=1.0, p_truth=1e-9)
-    picture = np.zeros((n, 32, 32, 3), np.uint8)
-    figure = plots.gradcam(picture, np.zeros((n, 32, 32)), np.zeros((n, 32, 32)), [row] * n, "title")
+    row = dict(rank=1, file="a/$b$.png", prediction="$x^2$ <b>é\n" * 5, truth="猫", p_prediction=1.0, p_truth=1e-9)
+    picture, seen = np.zeros((n, 32, 32, 3), np.uint8), np.random.default_rng(0).random((n, 32, 32))
+    figure = plots.gradcam(picture, seen, np.zeros((n, 32, 32)), [row] * n, "title")
     assert isinstance(figure, matplotlib.figure.Figure)
-    assert sum(len(sub.axes) for sub in figure.subfigs) == 3 * n
+    ax, scale = figure.axes
+    assert len(ax.images) == 5 * n and "map of a class" in scale.get_xlabel()  # each image thrice, two maps
+    words = [text.get_text() for text in ax.texts]
+    assert words.count("predicted, 100.0%") == words.count("truth, 0.0%") == words.count("$b$.png") == n
+    assert sum(text.get_weight() == "bold" for text in ax.texts) == 2 * n
+    assert sum("empty map" in word for word in words) == n == len(ax.collections)  # a contour for each other map
     figure.canvas.draw()
 
 
@@ -223,6 +251,7 @@ def test_a_gallery_of_any_size_and_strange_names(n):
 def test_a_confusion_matrix_of_any_size(classes):
     counts = np.eye(classes, dtype=int) * 5
     figure = plots.confusion_matrix(counts, [f"class number {i}" for i in range(classes)], "title")
+    assert len(figure.axes) == 3  # with a scale for what is right and one for what is wrong
     assert figure.axes[0].get_ylabel() == "truth" and len(figure.axes[0].texts) == (classes if classes <= 40 else 0)
     figure.canvas.draw()
 

@@ -3,12 +3,20 @@
 import math
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+from scipy import stats
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY)
+MEANINGS = {
+    "valley": "in the middle of the longest fall",
+    "steep": "where the loss falls fastest",
+    "minimum": "a tenth of the rate of the lowest loss",
+    "slide": "at the end of the fall",
+}  # rule of the range test -> what it means
 SETS = {"train": (BLUE, "-"), "valid": (ORANGE, "--"), "test": (VERMILION, "-")}
 
 
@@ -41,7 +49,7 @@ def results(
     small=None,  # (epochs, side): so long images were of so many pixels
 ):
     """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus and where images grow."""
-    figure, ((top,), (middle,), (bottom,)) = axes(9, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
+    figure, ((top,), (middle,), (bottom,)) = axes(11.5, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
     dots = "." if len(rows) < 15 else None
     for name, (colour, line) in SETS.items():
         if f"{name}_acc" not in rows[0] or (name == "valid" and chosen_on == "test"):
@@ -56,7 +64,8 @@ def results(
     if best_epoch:
         label = f"kept: epoch {best_epoch}, best {chosen_on} accuracy"
         top.plot(best_epoch, rows[best_epoch - 1]["test_acc"], "o", color=VERMILION, mec="black", ms=8, label=label)
-    middle.legend(loc="upper right")  # the legend above names the lines that come now
+    beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0))  # no legend lies on a curve
+    middle.legend(**beside)  # the legend above names the lines that come now
     for ax in (top, middle, bottom):
         mark_changes(ax, rows, plateaus, small)
     noted = "\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""
@@ -66,7 +75,9 @@ def results(
     if rates is None:
         rates = np.array([[row["epoch"] - 0.5, row["lr"], row.get("momentum", 0.0)] for row in rows])
     draw_rates(bottom, rates)
-    top.legend(loc="lower right")
+    top.legend(**beside)
+    top.set_xlim(0.5, rows[-1]["epoch"] + 0.5)
+    top.set_xticks([1, *(tick for tick in top.get_xticks() if 1.5 < tick <= rows[-1]["epoch"])])
     return figure
 
 
@@ -91,10 +102,11 @@ def draw_rates(ax, rates):
     lrs = lrs[lrs > 0]
     ax.set(ylabel="learning rate", xlabel="epoch", ylim=(lrs.min() / 3, lrs.max() * 3))  # room for two labels
     ax.xaxis.get_major_locator().set_params(integer=True)
+    if np.ptp(momenta) == 0:
+        return
     right = ax.twinx()
-    right.plot(places, momenta, "--", color=ORANGE, lw=1.2, drawstyle="steps-post")
-    right.set(ylim=(0, 1))
-    right.set_ylabel("momentum (dashed)", color=ORANGE)
+    right.plot(places, momenta, "--", color=PURPLE, lw=1.2, drawstyle="steps-post")
+    right.set_ylabel("momentum (dashed)", color=PURPLE)
     right.spines["top"].set_visible(False)
 
 
@@ -109,37 +121,45 @@ def lr_find(
     loss="training loss",
 ):
     """The range test: raw and smoothed loss over the rate, each rule's suggestion, the used one named."""
-    figure, ((ax,),) = axes(9, 5.5)
+    figure, ((ax,),) = axes(12, 5.5)
     ax.plot(lrs, losses, color=BLUE, alpha=0.35, lw=1, label="loss at each batch")
     ax.plot(lrs, smooth_losses, color=BLUE, lw=2, label="smoothed")
     for (name, lr), colour, marker in zip(suggestions.items(), (ORANGE, GREEN, VERMILION, PURPLE), "osD^"):
         y = np.interp(np.log(lr), np.log(lrs), smooth_losses)
         label, side = f"{name}: {lr:.3g}" + ("  (used)" if name == used else ""), 12 if name == used else 9
+        label += f"\n  {MEANINGS[name]}" if name in MEANINGS else ""
         ax.plot(lr, y, marker, color=colour, ms=side, mec="black", label=label, zorder=3)
     ax.axvline(suggestions[used], color=GREY, ls="--", lw=1)
     low, high = np.nanmin([losses, smooth_losses]), max(smooth_losses[: max(len(lrs) // 2, 1)])
     ax.set(xlabel="learning rate", ylabel=loss, ylim=(low - 0.1 * (high - low), high + 0.6 * (high - low)))
     ax.set_xscale("linear" if linear else "log")
     ax.set_title(title, parse_math=False)
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), labelspacing=0.8)
     return figure
 
 
 def confusion_matrix(counts, classes, title):
     """`counts`, (classes, classes) whole numbers, of how often each class, in rows, was taken for each other.
 
-    The colour is the share of the row.
+    Colours are shares of the row; mistakes have a scale of their own, so that few are seen as well.
     """
     n = len(classes)
     side = min(max(5.5, 0.62 * n + 2.2), 24)
-    figure, ((ax,),) = axes(side + 1, side)
+    figure, ((ax,),) = axes(side + 2.4, side)
     ax.grid(False)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure.colorbar(ax.imshow(share, cmap="Blues", vmin=0, vmax=1), ax=ax, label="share of the true class", shrink=0.8)
+    share, diagonal = counts / np.maximum(counts.sum(1, keepdims=True), 1), np.eye(n, dtype=bool)
+    worst = max(share[~diagonal].max(initial=0), 0.01)
+    for right, cmap, top, label in (
+        (True, "Blues", 1, "right"),
+        (False, "Oranges", worst, "wrong, on a scale of its own"),
+    ):
+        shown = np.ma.masked_where(diagonal != right, share)
+        bar = ax.imshow(shown, cmap=cmap, vmin=0, vmax=top)
+        figure.colorbar(bar, ax=ax, label=f"share of the true class: {label}", shrink=0.8)
     size, turned = (10, dict(rotation=45, ha="right")) if n <= 15 else (7, dict(rotation=90, ha="center"))
     for i, j in zip(*np.nonzero(counts)) if n <= 40 else ():
-        colour = "white" if share[i, j] > 0.55 else "black"
-        ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=size, color=colour)
+        dark = share[i, j] > 0.6 * (1 if i == j else worst)
+        ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=size, color="white" if dark else "black")
     places = range(0, n, max(n // 60, 1))
     names = [short(classes[i]) for i in places]
     ax.set_xticks(places, names, parse_math=False, **turned)
@@ -182,18 +202,42 @@ def gradcam(
 ):
     """Mistakes, three pictures each: the image, the map for the prediction, the map for the truth."""
     cols = 5 if len(images) > 4 else min(2, len(images))
-    lines = math.ceil(len(images) / cols)
-    figure = Figure(figsize=(4.6 * cols, 2.3 * lines + 0.7), layout="constrained")
-    cells = figure.subfigures(lines, cols, squeeze=False).flat
-    for cell, image, *cams, row in zip(cells, images, why, where, rows):
-        p_truth = "<0.1%" if row["p_truth"] < 0.001 else f"{row['p_truth']:.1%}"
-        heading = f"{row['rank']}. predicted {short(row['prediction'])} {row['p_prediction']:.0%}"
-        cell.suptitle(f"{heading}, truth {short(row['truth'])} {p_truth}", fontsize=13, parse_math=False)
-        names = "image", f"why {row['prediction']}", f"where {row['truth']}"
-        for ax, cam, name in zip(cell.subplots(1, 3), (None, *cams), names):
-            draw_image(ax, image, short(name), cam, fontsize=11.5)
-    figure.suptitle(title, fontsize=17, parse_math=False)
+    lines, wide, high = math.ceil(len(images) / cols), 3.7, 1.85  # of a cell; an image is 1 x 1
+    figure, ((ax,),) = axes(max(1.3 * wide * cols, 8), 1.3 * high * lines + 1.5)
+    for i, (image, row) in enumerate(zip(images, rows)):
+        x, y = i % cols * wide, i // cols * high
+        place_image(ax, x, y, image)
+        named = dict(parse_math=False, va="bottom", clip_on=False)
+        ax.text(x, y - 0.04, f"{row['rank']}.", fontsize=12, **named)
+        ax.text(x, y + 1.17, short(row["file"].rsplit("/", 1)[-1], 40), fontsize=8.5, color=GREY, **named)
+        for k, (cam, kind) in enumerate(((why[i], "prediction"), (where[i], "truth")), 1):
+            left = x + 1.06 * k
+            place_image(ax, left, y, image, cam)
+            said = f"{'predicted' if k == 1 else 'truth'}, {row[f'p_{kind}']:.1%}"
+            ax.text(left, y - 0.2, said, fontsize=10, color=GREY, **named)
+            ax.text(left, y - 0.04, short(row[kind], 14), fontsize=12, weight="bold", **named)
+    ax.set(xlim=(-0.1, cols * wide - 0.3), ylim=(lines * high - 0.4, -0.55))
+    ax.set_aspect("equal")
+    ax.axis("off")
+    mapped = figure.colorbar(ScalarMappable(cmap="inferno"), ax=ax, location="bottom", shrink=0.25, aspect=40, pad=0.01)
+    mapped.set_label("map of a class: where it was seen, from nothing to the most in this image (line: half of it)")
+    ax.set_title(title, fontsize=16, pad=14, parse_math=False)
     return figure
+
+
+def place_image(ax, x, y, image, cam=None):
+    """Draws an image as the unit square at (x, y), with a map over it; its contour too, where pixels are few."""
+    at = dict(extent=(x, x + 1, y + 1, y), zorder=1)
+    ax.imshow(image, interpolation="nearest", **at)
+    if cam is None:
+        return
+    small = len(cam) <= 64
+    ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.4 if small else 0.55, interpolation="bilinear", **at)
+    if cam.max() <= 0:
+        ax.text(x + 0.5, y + 0.5, "empty map:\nnothing speaks\nfor this class", ha="center", va="center", color="white")
+    elif small:
+        middles = (np.arange(len(cam)) + 0.5) / len(cam)
+        ax.contour(x + middles, y + middles, cam, levels=[0.5], colors="#7FFFD4", linewidths=1.1, zorder=2)
 
 
 def explanation(image, cam, title):
@@ -205,35 +249,74 @@ def explanation(image, cam, title):
     return figure
 
 
+def means(points):
+    """Of [(epoch, seconds, accuracy), …] of several runs: epochs, mean seconds, means and deviations, and n."""
+    points = np.array(points, float)
+    marks = np.unique(points[:, 0])
+    groups = [points[points[:, 0] == mark] for mark in marks]
+    _, seconds, mean = np.array([group.mean(0) for group in groups]).T
+    deviation = np.array([group[:, 2].std(ddof=1) if len(group) > 1 else 0 for group in groups])
+    return marks, seconds, mean, deviation, max(map(len, groups))
+
+
 def comparison(
     curves,  # {variant: [(epoch, seconds, test accuracy), …] of all its seeds}
     title,  # first line of the figure
     target=None,  # accuracy drawn as a line, where a curve comes to it
+    finals=None,  # {variant: test accuracy of the kept weights of each seed}: a dot each
 ):
-    """Test accuracy of each variant against epochs and against seconds: mean over seeds, band of ± 1 deviation."""
-    figure, ((left, right),) = axes(13, 6, 1, 2, sharey=True)
-    for i, (name, points) in enumerate(curves.items()):
-        points = np.array(points, float)
-        marks = np.unique(points[:, 0])
-        groups = [points[points[:, 0] == mark] for mark in marks]
-        n, (_, seconds, mean) = max(map(len, groups)), np.array([group.mean(0) for group in groups]).T
-        deviation = np.array([group[:, 2].std(ddof=1) if len(group) > 1 else 0 for group in groups])
-        colour, line = COLOURS[i % len(COLOURS)], ("-", "--", "-.", ":")[i // len(COLOURS) % 4]
-        for ax, x in ((left, marks), (right, seconds)):
-            ax.plot(x, mean, line, color=colour, label=f"{name} (n = {n})", marker="." if len(marks) < 15 else None)
-            if n > 1:
-                ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
-    reached = target and target <= left.get_ylim()[1]
-    for ax, unit in ((left, "epoch"), (right, "seconds of training, evaluation included")):
-        if reached:
-            ax.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
-        ax.set(xlabel=unit)
-    left.set(ylabel="test accuracy")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = left.get_legend_handles_labels()
-    columns = min(len(labels), 5 if max(map(len, labels)) < 30 else 3)
-    for text in figure.legend(handles, labels, loc="outside lower center", ncols=columns).get_texts():
-        text.set_parse_math(False)
-    bands = ": mean over seeds, band of ± 1 standard deviation" if left.collections else ""
+    """Test accuracy of each variant: curves of the mean over seeds, band of ± 1 deviation; and the end of each seed.
+
+    Up to 5 variants share their axes, against epochs and seconds; of more each has its own, the others in grey.
+    """
+    found, many = {name: means(points) for name, points in curves.items()}, len(curves) > 5
+    cols = 4 if many else 2
+    rows = math.ceil(len(curves) / cols) if many else 1
+    figure = Figure(figsize=(17, max(3 * rows, 6)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
+    grid = left.subplots(rows, cols, squeeze=False, sharex=many, sharey=True)
+    for i, (name, (marks, seconds, mean, deviation, n)) in enumerate(found.items()):
+        look = dict(color=COLOURS[i % len(COLOURS)], marker="." if len(marks) < 15 else None)
+        panels = [(grid.flat[i], marks)] if many else [(grid[0, 0], marks), (grid[0, 1], seconds)]
+        for ax, x in panels:
+            if many:
+                for other in found.values():
+                    ax.plot(other[0], other[2], color="#bbbbbb", lw=0.8)
+                ax.set_title(short(name, 34), fontsize=11, parse_math=False)
+            ax.plot(x, mean, label=f"{name} (n = {n})", lw=2, **look)
+            low, high = mean - deviation, np.minimum(mean + deviation, 1)
+            ax.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0) if n > 1 else None
+    for k, ax in enumerate(grid.flat):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(xlabel="epoch" if many or k == 0 else "seconds of training, evaluation included")
+        ax.set_visible(k < len(curves) or not many)
+    highest = min(grid[0, 0].get_ylim()[1], 1.0)
+    grid[0, 0].set(ylabel="test accuracy", ylim=(None, highest))
+    grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    for ax in grid.flat if target and target <= highest else ():
+        ax.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
+    if not many:
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        for text in left.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3)).get_texts():
+            text.set_parse_math(False)
+    draw_finals(right, finals or {name: [] for name in curves})
+    bands = ": mean over seeds, band of ± 1 standard deviation" if max(one[4] for one in found.values()) > 1 else ""
     figure.suptitle(f"{title}{bands}", parse_math=False)
     return figure
+
+
+def draw_finals(figure, finals):
+    """A line a variant: a dot for each seed, the mean, and its 95% interval (Student's t)."""
+    ax = figure.subplots()
+    for i, values in enumerate(finals.values()):
+        colour, n = COLOURS[i % len(COLOURS)], len(values)
+        ax.plot(values, [i] * n, "o", color=colour, alpha=0.45, ms=6)
+        if n > 1:
+            half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+            ax.errorbar(np.mean(values), i, xerr=half, fmt="|", color=colour, ms=14, mew=2, capsize=4)
+    ax.set_yticks(range(len(finals)), [short(name, 26) for name in finals], parse_math=False)
+    ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy at the end:\nseeds, mean, 95% interval")
+    ax.set_xlim(None, min(ax.get_xlim()[1], 1.0005))
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
