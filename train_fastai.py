@@ -42,8 +42,11 @@ def main(argv=None):
         return 130
 
 
-def train(config):
-    """One run, from data to explained mistakes, in this process or in all that torchrun started."""
+def train(config, tested=None):
+    """One run, from data to explained mistakes, in this process or in all that torchrun started.
+
+    `tested` is a run folder whose range test would be the same: it is taken over.
+    """
     start = time.perf_counter()
     from lib import data, machine, models, runs
     from lib import train as training
@@ -71,11 +74,11 @@ def train(config):
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
         run = ranks.on_first(runs.open, runs.Elsewhere())(config, asked, facts)
-        lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past))
+        lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past, tested))
         return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
 
 
-def begin(learn, config, run, facts, past):
+def begin(learn, config, run, facts, past, tested):
     """What a run writes before it trains; returns its learning rate, found by the range test or given."""
     from lib import data, models, report, runs
     from lib.data import augment
@@ -90,7 +93,9 @@ def begin(learn, config, run, facts, past):
         run.save_augmentation(augment.saved(learn.dls.augment))
         run.save_model_card(models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
         evaluate.save_train_batch(learn, config, run)
-        lr, step = evaluate.range_test(learn, config, run) if config.lr == "find" else (config.lr, None)
+        lr, step = config.lr, None
+        if lr == "find":
+            lr, step = evaluate.same_test(run, tested) if tested else evaluate.range_test(learn, config, run)
         run.note(lr=lr)
         if not config.lr_find_only:
             seconds, line = timing.expectation(learn, config, facts["precision"], step)

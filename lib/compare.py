@@ -15,7 +15,7 @@ from scipy.stats import ttest_rel
 
 from lib import report as pages
 from lib.cli import BadInput, Parser, command, one_line, printable, read_json
-from lib.config import AXES, FIELDS, MACHINE, Config, read_file, resumed
+from lib.config import AXES, BEHIND_TEST, FIELDS, MACHINE, Config, read_file, resumed
 from lib.machine import launched
 from lib.runs import write, write_csv, write_figure
 
@@ -31,18 +31,23 @@ ASIDE = (*FREE, "seeds", "name", "gallery", "cam")  # settings that do not tell 
 def run(configs, train):
     """Trains each config into its own run folder, or leaves it where it is finished, and compares them all.
 
+    Runs whose range tests would be the same share the first one's.
+
     Returns the exit status: 130 where one was interrupted, 3 where one diverged, 2 where one had bad input, else 0.
     """
     if launched():
         remedy = "start its runs one by one, then python -m lib.compare (docs/ranks.md)"
         raise BadInput(f"a comparison under torchrun: {remedy}")
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
+    tested = {}  # what a range test sees -> the first run folder that had it
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
+        same = repr([getattr(config, name) for name in FIELDS if name not in (*BEHIND_TEST, *MACHINE)])
         if not (config := unfinished(config, folder)):
+            tested.setdefault(same, folder)
             continue
         print(f"\nrun {i} of {len(configs)}: {folder.name}", flush=True)
         try:
-            result = train(dataclasses.replace(config, open=False))
+            result = train(dataclasses.replace(config, open=False), tested.get(same))
         except BadInput as e:  # the other runs are none the worse for it
             print(f"error: {folder.name}: {e}", file=sys.stderr)
             result = 2
@@ -50,6 +55,8 @@ def run(configs, train):
             print("the same command goes on with the comparison", file=sys.stderr)
             return result
         status = max(status, result)
+        if result == 0:
+            tested.setdefault(same, folder)
     if not (configs[0].dry_run or configs[0].lr_find_only):
         report(folders, folders[0].parent, configs[0].open)
     return status

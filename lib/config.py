@@ -32,6 +32,10 @@ PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
 MACHINE = "resume cache device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
 FREE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
+# Settings that the range test does not see: it trains at rates of its own, before the schedule begins.
+BEHIND_TEST = """schedule epochs keep stop_after monitor patience_epochs factor min_lr threshold threshold_mode
+    cooldown_epochs warmup_epochs pct_start div div_final max_momentum min_momentum cycle_length cycle_mult cycle_div
+    max_batch_size ema target gallery cam name out""".split()
 RESOLVED = ("threads", "precision", "size", "batch_size")  # a resumed run keeps what `auto` became
 MOST_VARIANTS, MOST_NAME, MOST_TEXT = 1000, 120, 10**6  # in a comparison; characters of its folder, and of a YAML file
 

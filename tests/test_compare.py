@@ -174,7 +174,7 @@ def test_what_is_in_the_way_is_left_there(bands, tmp_path, capsys):
 
 
 def test_bad_input_of_one_variant_does_not_stop_the_others(tmp_path, capsys):
-    def train(config):
+    def train(config, tested=None):
         ran.append(config.name)
         if config.schedule == "plateau":
             raise BadInput("no fall")
@@ -194,6 +194,30 @@ def test_range_tests_alone_are_left_as_they_are_and_training_finds_the_same(band
     assert capsys.readouterr().out.count("is there") == len(found) == 2
     assert main(few) == 0 and len(rows_of(tmp_path / "both/comparison.csv")) == 2
     assert {p: p.read_bytes() for p in found} == found
+
+
+def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_path, capsys, monkeypatch):
+    from lib.train import lr_range
+
+    few = ["--seeds", "0", "1", "--epochs", "1", "--lr", "find", "--lr-iters", "40"]
+    alone, tests, find = {}, [], lr_range.find
+    monkeypatch.setattr(lr_range, "find", lambda *args, **kwargs: tests.append(1) or find(*args, **kwargs))
+    assert main(argv(bands, tmp_path, *few)) == 0 and len(tests) == 2
+    assert capsys.readouterr().out.count("range test: that of plateau-s") == 2
+    folder = tmp_path / "both"
+    for seed in (0, 1):
+        one, two = (folder / f"{name}-s{seed}" for name in ("plateau", "one_cycle"))
+        assert (one / "lr_find.csv").read_bytes() == (two / "lr_find.csv").read_bytes() != b""
+        alone[seed] = (two / "lr_find.csv").read_text()
+    assert alone[0] != alone[1]
+    single = ["--schedule", "one_cycle", "--name", "single", *few[3:], "--seeds", "1"]
+    assert main(argv(bands, tmp_path, *single)) == 0  # by itself it finds the same
+    assert (tmp_path / "single/lr_find.csv").read_text() == alone[1]
+    assert (tmp_path / "single/results.csv").exists()
+    shutil.rmtree(folder / "one_cycle-s1")
+    assert main(argv(bands, tmp_path, *few)) == 0 and len(tests) == 3  # a comparison that goes on shares it too
+    different = ["--optimizer", "sgd", "adam", "--schedule", "constant", "--name", "two", *few[3:]]
+    assert main(argv(bands, tmp_path, *different, "--seeds", "0")) == 0 and len(tests) == 5
 
 
 def fake(seed=0, **args):

@@ -15,11 +15,11 @@ from PIL import Image
 from sklearn import metrics
 
 from lib import models
-from lib.cli import duration
+from lib.cli import duration, read_json
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
-from lib.runs import write_csv, write_figure, write_json, write_table
+from lib.runs import write, write_csv, write_figure, write_json, write_table
 from lib.train import lr_range
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
@@ -148,6 +148,16 @@ def range_test(learn, config, run):
     print(f"range test: {len(test.lrs)} batches{passes}: {rates}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
     run.note(lr_suggestions=suggestions)
     return lr, test.step_seconds
+
+
+def same_test(run, tested):
+    """Takes the range test of the run folder `tested`, of the same images, weights and settings; as `range_test`."""
+    env = read_json(tested / "env.json")
+    for name in ("lr_find.csv", "lr_find.png"):
+        write(run / name, (tested / name).read_bytes())
+    run.note(lr_suggestions=env["lr_suggestions"])
+    print(f"range test: that of {tested.name}: lr {env['lr']:.3g}", flush=True)
+    return env["lr"], None
 
 
 def optimizer_state_bytes(opt):
