@@ -30,7 +30,9 @@ ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend 
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
-MACHINE = "resume cache device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
+MACHINE = (
+    "resume cache compile device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
+)
 FREE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
 # Settings that the range test does not see: it trains at rates of its own, before the schedule begins.
 BEHIND_TEST = """schedule epochs keep stop_after monitor patience_epochs factor min_lr threshold threshold_mode
@@ -124,6 +126,7 @@ class Config:
     mixup: float = option(0.0, "alpha of mixup, such as 0.4; 0: none", low=0, high=100)
     cutmix: float = option(0.0, "alpha of cutmix, such as 1; 0: none", low=0, high=100)
     precision: Literal["auto", "float32", "bf16", "fp16"] = option("auto", "number format; auto: bf16 if the chip can")
+    compile: bool = option(False, "training steps through torch.compile: faster on a GPU, after a minute of compiling")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | Auto = option("auto", "loader processes; auto: 0 on a CPU", "-j", low=0, high=256)
     threads: int | Auto = option("auto", "CPU threads of torch; auto: one a core", low=1, high=1024)

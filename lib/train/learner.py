@@ -32,6 +32,7 @@ from lib.config import MOMENTUM
 from lib.models import small_side, split
 from lib.train import ranks
 from lib.train.averaging import EMA, SmallImages, macro_f1
+from lib.train.compiled import Compile, check_compiler
 from lib.train.freezing import Freeze, Hold
 from lib.train.lecture import GradNoise, balanced_order
 from lib.train.looks import Looks
@@ -104,6 +105,8 @@ class SGDLearner(Looks):
         self.lock = threading.RLock()  # a callback may look in the middle of a look
         self.set_precision(precision)
 
+    compiled = None  # what computes training steps in the place of the model, where a callback sets it
+
     @property
     def device(self):
         """The device that computes."""
@@ -165,7 +168,8 @@ class SGDLearner(Looks):
 
     def _do_one_batch(self):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            self.pred = (self.parallel if self.parallel and self.training else self.model)(*self.xb)
+            instead = [network for network in (self.compiled, self.parallel) if self.training and network is not None]
+            self.pred = (instead or [self.model])[0](*self.xb)
         if self.dtype is not torch.float32:
             self.pred = to_float(self.pred)
         self("after_pred")
@@ -312,6 +316,9 @@ def build(config, dls, model, precision="float32", cbs=None):
         cbs.append(MixUp(config.mixup) if config.mixup else CutMix(config.cutmix))
     if config.stop_after:
         cbs.append(StopEarly(config.monitor, patience=config.stop_after))
+    if config.compile:
+        check_compiler(torch.device(dls.device), precision)
+        cbs.append(Compile())
     if config.balanced_batches:
         dls.train.order = balanced_order
     options = dict(

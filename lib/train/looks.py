@@ -138,6 +138,7 @@ class Looks(Learner):
         """
         twin = copy.copy(self)
         twin.model, twin.opt, twin.cbs, twin.parallel = copy.deepcopy(self.model), None, L(), None
+        twin.compiled = None
         twin.fitting, twin._looks, twin.logger, twin.create_mbar = False, [], noop, False
         twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
         for cb in self.cbs:

@@ -114,6 +114,11 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1, seconds
 
 
+def measured(lrs, losses, epochs, num_it, seconds=math.nan):
+    """The RangeTest of rates and raw losses, (n,) each; the other arguments are its fields."""
+    return RangeTest(lrs, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it, seconds)
+
+
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
     """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
 
@@ -127,7 +132,7 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
     lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
     lrs, losses, epochs, seconds = run(learn, lrs, stop_div, on_valid)
     last = lrs[:, -1] if lrs.ndim == 2 else lrs
-    test = RangeTest(last, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it, seconds)
+    test = measured(last, losses, epochs, num_it, seconds)
     look(test)
     check_fall(test.losses, test.smooth_losses)
     return test

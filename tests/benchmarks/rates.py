@@ -15,17 +15,16 @@ import json
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from fastai.callback.core import Callback, CancelValidException
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from lib import config, data, machine, models, train
-from lib.cli import BadInput
 from lib.train import lr_range, recorder
 from tests.benchmarks import common
 
@@ -75,19 +74,12 @@ def photos():
 
 
 def cifar(source):
-    """The same of CIFAR-10: images are opened where they are written."""
+    """The same of CIFAR-10, class by class in turn; images are opened where they are written."""
     sets = []
     for name, most in (("train", 1500), ("test", 200)):
-        classes = sorted(p for p in (source / name).iterdir() if p.is_dir())
-        sets.append(
-            [(path, k) for i in range(most) for k, path in enumerate(files[i] for files in map(listed, classes))]
-        )
+        classes = [sorted(p.iterdir())[:most] for p in sorted((source / name).iterdir()) if p.is_dir()]
+        sets.append([(path, k) for files in zip(*classes) for k, path in enumerate(files)])
     return sets
-
-
-def listed(folder, known={}):
-    """The files of a folder, in order."""
-    return known.setdefault(folder, sorted(folder.iterdir()))
 
 
 def folder_of(kind, n, source, cache):
@@ -152,26 +144,28 @@ def curve(highest, *task):
     return {"lrs": [float(f"{x:.6g}") for x in lrs], "losses": [float(f"{x:.6g}") for x in losses], "epochs": epochs}
 
 
+def jobs(root, options, epochs, cache):
+    """(part of the row, key, function that measures it) of a task."""
+    for seed in TESTS:
+        yield "tests", str(seed), partial(curve, 10, root, options, epochs, seed, cache)
+    for lr in GRID["adam" in options]:
+        for seed in SEEDS:
+            yield "runs", f"{lr:g}, seed {seed}", partial(accuracy_at, lr, root, options, epochs, seed, cache)
+
+
 def measure(args, done, save):
     """Runs what is missing in `done`, task by task, until the time is up."""
-    end = time.monotonic() + 60 * args.minutes
-    cache = Path(args.cache)
+    end, cache = time.monotonic() + 60 * args.minutes, Path(args.cache)
     for name, (kind, n, options, epochs, apart) in TASKS.items():
-        root = folder_of(kind, n, Path(args.data), cache)
+        root, start = folder_of(kind, n, Path(args.data), cache), time.monotonic()
         classes = len(list((root / "train").iterdir()))
         row = done.setdefault(name, {"apart": apart, "classes": classes, "tests": {}, "runs": {}})
-        jobs = [("tests", str(seed), lambda s: curve(10, root, options, epochs, s, cache), seed) for seed in TESTS]
-        for lr in GRID["adam" in options]:
-            for seed in SEEDS:
-                at = lambda s, lr=lr: accuracy_at(lr, root, options, epochs, s, cache)
-                jobs.append(("runs", f"{lr:g}, seed {seed}", at, seed))
-        start = time.monotonic()
-        for part, key, job, seed in jobs:
+        for part, key, job in jobs(root, options, epochs, cache):
             if key in row[part]:
                 continue
             if time.monotonic() > end:
                 return
-            row[part][key] = job(seed)
+            row[part][key] = job()
             save()
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
@@ -212,25 +206,64 @@ RULES = {
 
 
 def judge(done):
-    """{rule: its regrets over the finished tasks}."""
+    """{rule: {task: what its suggestions cost}} over the finished tasks."""
     rows = {name: row for name, row in done.items() if len(row["runs"]) >= len(SEEDS) * len(GRID[0])}
-    found = {}
-    for rule, suggest in RULES.items():
-        tasks = {}
-        for name, row in rows.items():
-            accuracies, chance = grid(row), 1 / row["classes"]
-            best = max(accuracies.values())
-            best_lr = max(lr for lr, accuracy in accuracies.items() if accuracy == best)
-            tests = [
-                lr_range.made(np.array(t["lrs"]), np.array(t["losses"]), t["epochs"], POINTS)
-                for t in row["tests"].values()
-            ]
+    found = {rule: {} for rule in RULES}
+    for name, row in rows.items():
+        accuracies, chance = grid(row), 1 / row["classes"]
+        best = max(accuracies.values())
+        best_lr = max(lr for lr, accuracy in accuracies.items() if accuracy == best)
+        diverging = min(
+            (lr for lr, accuracy in accuracies.items() if accuracy <= 1.5 * chance and lr > best_lr), default=math.inf
+        )
+        tests = [
+            lr_range.measured(np.array(t["lrs"]), np.array(t["losses"]), t["epochs"], POINTS)
+            for t in row["tests"].values()
+        ]
+        for rule, suggest in RULES.items():
             lrs = [suggest(test) for test in tests]
             regrets = [best - accuracy_of(lr, accuracies, chance) for lr in lrs]
-            tasks[name] = {"apart": row["apart"], "best": best, "best_lr": best_lr, "lrs": lrs, "regrets": regrets,
-                           "diverges": sum(lr > max(accuracies) or accuracy_of(lr, accuracies, chance) <= chance * 1.5 for lr in lrs)}  # fmt: skip
-        found[rule] = tasks
+            found[rule][name] = {
+                "apart": row["apart"], "best_lr": best_lr, "best": best, "lrs": lrs, "regrets": regrets,
+                "regret": statistics.fmean(regrets), "over_twice": sum(lr > 2 * best_lr for lr in lrs),
+                "diverges": sum(lr >= diverging for lr in lrs),
+            }  # fmt: skip
     return found
+
+
+def summary(found):
+    """Rows of a table: rule, and median and worst regret over tasks, how often over twice the best rate, diverging."""
+    rows = []
+    for rule, tasks in found.items():
+        cells = [rule]
+        for apart in (False, True):
+            some = [task for task in tasks.values() if task["apart"] is apart]
+            n = sum(len(task["lrs"]) for task in some)
+            cells += [f"{f([task['regret'] for task in some]):.3f}" for f in (statistics.median, max)]
+            cells += [f"{sum(task[what] for task in some)} of {n}" for what in ("over_twice", "diverges")]
+        rows.append(cells)
+    return rows
+
+
+def draw(done, found, rule):
+    """A panel a task: accuracy over the rate, and where the rules' suggestions lie; `rule` is the default."""
+    tasks = list(found[rule])
+    figure = Figure(figsize=(16, 3.1 * math.ceil(len(tasks) / 4)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(tasks) / 4), 4, squeeze=False).flat
+    for ax, name in zip(panels, tasks):
+        accuracies = grid(done[name])
+        ax.semilogx(list(accuracies), list(accuracies.values()), "k.-", lw=1)
+        for height, (other, colour) in enumerate(((rule, "#D55E00"), ("steep", "#0072B2"), ("valley", "#E69F00"))):
+            lrs = found[other][name]["lrs"]
+            ax.plot(lrs, [0.03 + 0.05 * height] * len(lrs), "|", ms=11, mew=2, color=colour, label=other,
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+        ax.set_title(name + (" (apart)" if done[name]["apart"] else ""), fontsize=10)
+        ax.grid(alpha=0.3)
+    for ax in list(panels)[len(tasks) :]:
+        ax.set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle("Accuracy after a short training at each rate (mean of 3 seeds), and what 5 range tests suggest")
+    return figure
 
 
 def main():
@@ -242,9 +275,21 @@ def main():
     args = p.parse_args()
     out = Path(args.out)
     done = json.loads(out.read_text())["tasks"] if out.exists() else {}
-    command = "python -m tests.benchmarks.rates --data …"
-    save = lambda: out.write_text(json.dumps({"command": command, "machine": common.machine(), "tasks": done}) + "\n")
+    command = "python -m tests.benchmarks.rates --data FOLDER"
+
+    def save(**more):
+        out.write_text(json.dumps({"command": command, "machine": common.machine(), **more, "tasks": done}) + "\n")
+
     measure(args, done, save)
+    found = judge(done)
+    save(rules=found)
+    head = ["rule", *(f"{what}{where}" for where in ("", ", apart") for what in
+                      ("median regret", "worst", "over twice the best rate", "diverges"))]  # fmt: skip
+    table = [head, ["---"] * len(head), *summary(found)]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    out.with_suffix(".md").write_text(f"# Regret of the rules of the range test\n\n{text}\n")
+    print(text)
+    draw(done, found, config.Config().lr_suggest).savefig(out.with_suffix(".png"), dpi=100)
 
 
 if __name__ == "__main__":

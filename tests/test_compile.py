@@ -1,0 +1,65 @@
+"""--compile: the same training, through torch.compile."""
+
+import shutil
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from lib.cli import BadInput
+from lib.train import compiled
+from lib.train.schedules import fit
+from tests.conftest import fingerprint
+
+
+class Double(Callback):
+    def before_batch(self):
+        self.learn.xb = tuple(x.double() for x in self.xb)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_fit_is_the_plain_one_in_float64(make):
+    """In float64 an epoch of 6 steps is apart by rounding alone: each weight by less than 1e-9."""
+    found = []
+    for flags in ([], ["--compile"]):
+        config, learn = make(*flags, "--epochs", 2, "--augment", "none")
+        learn.model.double()
+        del learn.dls.test  # it is evaluated without callbacks
+        learn.add_cb(Double)
+        names = list(learn.model.state_dict())
+        fit(learn, config, 0.05)
+        assert list(learn.model.state_dict()) == names and learn.compiled is None
+        found.append(([row["train_loss"] for row in learn.recorder.rows], learn.model.state_dict()))
+    (losses, weights), (others, compiled_weights) = found
+    assert losses == pytest.approx(others, rel=1e-9)
+    for name, weight in weights.items():
+        assert torch.allclose(weight, compiled_weights[name], rtol=1e-9, atol=1e-9), name
+
+
+def test_steps_alone_are_compiled_and_it_ends_with_the_fit(make, monkeypatch):
+    calls, modes = [], []
+
+    def compile(model, **options):
+        modes.append(options)
+        return lambda *xb: calls.append(model.training) or model(*xb)
+
+    plain = make("--epochs", 1)
+    fit(plain[1], plain[0], 0.05)
+    monkeypatch.setattr(torch, "compile", compile)
+    config, learn = make("--epochs", 1, "--compile")
+    fit(learn, config, 0.05)
+    assert calls == [True] * len(learn.dls.train) and learn.compiled is None
+    assert modes == [dict(mode=None, dynamic=False)]
+    assert fingerprint(learn.model.state_dict()) == fingerprint(plain[1].model.state_dict())
+
+
+def test_what_it_needs_is_one_line(make, monkeypatch):
+    with pytest.raises(BadInput, match="bf16 on a CPU to nan; pass --precision float32"):
+        make("--compile", precision="bf16")
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(BadInput, match="--compile: needs a C\\+\\+ compiler"):
+        make("--compile")
+    monkeypatch.setattr(compiled, "launched", lambda: True)
+    with pytest.raises(BadInput, match="works in one process"):
+        make("--compile")
