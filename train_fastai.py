@@ -16,8 +16,9 @@ from lib import config as settings
 
 def main(argv=None):
     """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 3 diverged, 130 interrupted."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no é stops no run
+    cli.prepare_output()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(cli.Lasting, streams)  # a run outlives its reader
     try:
         configs = settings.variants(argv)
         if len(configs) == 1:
@@ -39,6 +40,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted; --resume and the run folder go on from its last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def train(config):

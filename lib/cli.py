@@ -1,11 +1,16 @@
-"""What every command shares: errors of one line, exit statuses, and JSON files read with care."""
+"""What every command shares: errors of one line, exit statuses, output, and JSON files read with care."""
 
 import argparse
 import difflib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+if started.parent == Path(__file__).resolve().parent or started.name == "train_fastai.py":
+    os.environ["MPLBACKEND"] = "agg"  # a command draws into files alone; a notebook keeps its backend
 
 
 def printable(text):
@@ -48,10 +53,45 @@ def guess(word, words):
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+class Lasting:
+    """A text stream that goes on, silently, where its reader is gone or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            return function(*args)
+        except OSError:
+            with suppress(OSError):  # what is still in its buffer must go somewhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def prepare_output():
+    """UTF-8 where stdout is no terminal; a terminal that lacks a letter has it spelled out."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or a program without a window
+            setattr(sys, name, open(os.devnull, "w"))
+    if hasattr(sys.stdout, "reconfigure"):
+        terminal = sys.stdout.isatty()
+        how = dict(errors="backslashreplace") if terminal else dict(encoding="utf-8", errors="surrogateescape")
+        sys.stdout.reconfigure(**how)
+
+
 def command(function):
     """`main(argv)` of a module: exit status 0; 2 and one line on stderr where `function` raises BadInput; or 130."""
 
     def main(argv=None):
+        prepare_output()
         try:
             function(argv)
         except BadInput as e:
@@ -67,6 +107,17 @@ def command(function):
 
 
 class Parser(argparse.ArgumentParser):
+    others = {}  # flag of other programs: what it is called here
+
+    def parse_args(self, *args):
+        known, unknown = self.parse_known_args(*args)
+        if unknown:
+            flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
+            meant = self.others.get(flags[0])
+            meant = f" (did you mean {meant}?)" if meant else guess(flags[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return known
+
     def error(self, message):
         raise BadInput(f"{message}; see --help")
 

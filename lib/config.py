@@ -25,6 +25,17 @@ SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = ("plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch")
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 
+ELSEWHERE = {  # what timm, ultralytics, torchvision and Keras call these settings
+    "batch_size": "bs batch", "size": "imgsz img-size input-size image-size resolution", "lr": "lr0 learning-rate",
+    "patience_epochs": "patience", "weight_decay": "wd decay", "model": "arch backbone network", "optimizer": "opt",
+    "schedule": "sched scheduler lr-scheduler", "epochs": "epoch num-epochs n-epochs", "seeds": "seed random-seed",
+    "workers": "num-workers nproc", "label_smoothing": "smoothing", "data": "data-dir dataset root source path",
+    "out": "output output-dir project save-dir", "precision": "amp half fp16 mixed-precision", "momentum": "mom",
+    "valid_pct": "val-split valid-split validation-split split", "ema": "model-ema ema-decay",
+    "accumulate": "grad-accum-steps accumulation-steps", "device": "gpu gpus", "pretrained": "weights",
+    "warmup_epochs": "warmup", "flip": "hflip fliplr",
+}  # fmt: skip
+
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
@@ -38,7 +49,7 @@ COMMON = dict(
     epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2, ema=0.0, threshold=1e-4
 )  # fmt: skip
 SOURCES = {
-    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04},  # the loss of averaged weights creeps on
+    "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
 IMPLIED = {  # setting: what its value makes the defaults of settings below it
@@ -47,6 +58,8 @@ IMPLIED = {  # setting: what its value makes the defaults of settings below it
     "epochs": lambda epochs: {"patience_epochs": max(epochs // 10, 1)},
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
     "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 0.2}}.get,
+    "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
+    "ema": lambda decay: {} if decay else {"threshold": COMMON["threshold"]},  # only averaged weights' loss creeps on
 }
 
 
@@ -90,7 +103,9 @@ class Config:
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
-    threshold: float = option(None, "change that counts as an improvement (1e-4; cifar10 0.04)", low=0)
+    threshold: float = option(
+        None, "change that counts as an improvement (1e-4; cifar10 0.04 with valid_loss, ema)", low=0
+    )
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs in which the rate first rises, from a quarter of the schedule's", low=0)
@@ -131,7 +146,7 @@ class Config:
 
     def __post_init__(self):
         defaults = dict(COMMON)
-        for field in dataclasses.fields(self):
+        for field in sorted(dataclasses.fields(self), key=lambda field: field.name == "threshold"):  # it depends on ema
             value = getattr(self, field.name)
             value = check(field, defaults.get(field.name) if value is None else value)
             object.__setattr__(self, field.name, value)
@@ -215,6 +230,7 @@ def parser():
     """The command line of `train_fastai.py`."""
     about = "Train an image classifier: range test, SGD under a schedule, curves, explained mistakes."
     p = Parser(prog="train_fastai.py", description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.others = {f"--{other}": flag_of(name) for name, words in ELSEWHERE.items() for other in words.split()}
     for name, field in FIELDS.items():
         kind, words = kind_and_words(field.type)
         flags, text, default = [flag_of(name), *field.metadata["flags"]], field.metadata["help"], field.default
@@ -274,6 +290,9 @@ def read(argv):
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
     run = Path(check(FIELDS["resume"], flags["resume"])).expanduser()
+    whole = next((p for p in run.parents if (p / "args.yaml").exists()), None)
+    if whole and not (run / "args.yaml").exists():
+        raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {whole}, which goes on from last.pt")
     try:
         env = read_json(run / "env.json")
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):

@@ -145,8 +145,6 @@ def explain(predict, folder, first, files, pixels, x, p):
 def write_table(predict, files, folder):
     """Prints the CSV; with a `folder` explains each image too."""
     shown = printable if sys.stdout.isatty() else str
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
     table, done = csv.writer(sys.stdout, lineterminator="\n"), 0
     table.writerow(["file", "prediction", "probability"])
     for pixels, x, p in predict.batches(files):

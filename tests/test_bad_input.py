@@ -608,7 +608,8 @@ def test_short_memory_is_one_line(photos, refused, monkeypatch):
 
 def test_a_terminal_without_the_letters_stops_no_run(photos, monkeypatch):
     photos.rename(photos.with_name("猫"))
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    terminal = type("Terminal", (io.TextIOWrapper,), {"isatty": lambda self: True})
+    monkeypatch.setattr(sys, "stdout", terminal(io.BytesIO(), encoding="ascii"))
     assert main(["--data", str(photos.with_name("猫")), "--dry-run", *map(str, SMALL)]) == 0
     sys.stdout.seek(0)
     assert r"\u732b" in sys.stdout.read()
