@@ -94,7 +94,7 @@ def begin(learn, config, run, facts, past):
 
 def fit(learn, config, run, past, lr):
     """Trains, then evaluates and explains the best weights; returns the exit status."""
-    from lib import report
+    from lib import predict, report
     from lib import train as training
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
@@ -108,6 +108,8 @@ def fit(learn, config, run, past, lr):
         with saved.signals():
             training.fit(learn, config, lr)
         ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best)
+        if learn.dls.new:  # images of the data without classes
+            ranks.on_first(predict.to_file)(run.path, learn.dls.new, learn.dls.device)
         return 0
     except recorder.Diverged as e:
         complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))

@@ -88,12 +88,12 @@ def prepare_output():
 
 
 def command(function):
-    """`main(argv)` of a module: exit status 0; 2 and one line on stderr where `function` raises BadInput; or 130."""
+    """`main(argv)` of a module: exit status 0 or what `function` returns; 2 and one line for its BadInput; or 130."""
 
     def main(argv=None):
         prepare_output()
         try:
-            function(argv)
+            return function(argv) or 0
         except BadInput as e:
             print(f"error: {e}", file=sys.stderr)
             return 2

