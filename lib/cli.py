@@ -106,15 +106,25 @@ def command(function):
     return main
 
 
-class Parser(argparse.ArgumentParser):
-    others = {}  # flag of other programs: what it is called here
+ELSEWHERE = {  # what timm, ultralytics, torchvision and Keras call these settings
+    "--batch-size": "bs batch", "--size": "imgsz img-size input-size image-size", "--lr": "lr0 learning-rate",
+    "--patience-epochs": "patience", "--weight-decay": "wd", "--model": "arch backbone network", "--optimizer": "opt",
+    "--schedule": "sched scheduler lr-scheduler", "--epochs": "epoch num-epochs", "--seeds": "seed random-seed",
+    "--workers": "num-workers", "--label-smoothing": "smoothing", "--data": "data-dir data-path dataset source",
+    "--out": "output output-dir project save-dir", "--precision": "amp half fp16", "--pretrained": "weights",
+    "--valid-pct": "val-split valid-split validation-split", "--ema": "model-ema ema-decay", "--device": "gpu gpus",
+    "--accumulate": "grad-accum-steps", "--warmup-epochs": "warmup", "--flip": "hflip fliplr",
+}  # fmt: skip
 
+
+class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
         known, unknown = self.parse_known_args(*args)
         if unknown:
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
-            meant = self.others.get(flags[0])
-            meant = f" (did you mean {meant}?)" if meant else guess(flags[0], self._option_string_actions)
+            word = flags[0].strip("-").replace("_", "-")
+            ours = [flag for flag, others in ELSEWHERE.items() if word in others.split()]
+            meant = f" (did you mean {ours[0]}?)" if ours else guess(flags[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return known
 

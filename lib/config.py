@@ -25,17 +25,6 @@ SUGGESTIONS = ("valley", "steep", "minimum", "slide")
 SCHEDULES = ("plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch")
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 
-ELSEWHERE = {  # what timm, ultralytics, torchvision and Keras call these settings
-    "batch_size": "bs batch", "size": "imgsz img-size input-size image-size resolution", "lr": "lr0 learning-rate",
-    "patience_epochs": "patience", "weight_decay": "wd decay", "model": "arch backbone network", "optimizer": "opt",
-    "schedule": "sched scheduler lr-scheduler", "epochs": "epoch num-epochs n-epochs", "seeds": "seed random-seed",
-    "workers": "num-workers nproc", "label_smoothing": "smoothing", "data": "data-dir dataset root source path",
-    "out": "output output-dir project save-dir", "precision": "amp half fp16 mixed-precision", "momentum": "mom",
-    "valid_pct": "val-split valid-split validation-split split", "ema": "model-ema ema-decay",
-    "accumulate": "grad-accum-steps accumulation-steps", "device": "gpu gpus", "pretrained": "weights",
-    "warmup_epochs": "warmup", "flip": "hflip fliplr",
-}  # fmt: skip
-
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
@@ -75,7 +64,9 @@ def option(default, help, *flags, low=None, high=None, alone=None):
 class Config:
     """Every setting of a run. Names are those of the command line; `args.yaml` holds exactly these."""
 
-    data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive (.tgz .tar.gz .tar .zip) of one")
+    data: str = option(
+        "cifar10", "cifar10, digits, a folder of images, or an archive (.zip .tar .tar.gz .tar.xz .tar.bz2) of one"
+    )
     schedule: Literal[*SCHEDULES] = option("plateau", "what drives the learning rate")
     bad_images: Literal["fail", "skip"] = option("fail", "unreadable images: fail names the first, skip lists them all")
     seeds: tuple[int, ...] = option((0,), "one run for each: weights, order, augmentation", low=0, high=2**32 - 1)
@@ -230,7 +221,6 @@ def parser():
     """The command line of `train_fastai.py`."""
     about = "Train an image classifier: range test, SGD under a schedule, curves, explained mistakes."
     p = Parser(prog="train_fastai.py", description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    p.others = {f"--{other}": flag_of(name) for name, words in ELSEWHERE.items() for other in words.split()}
     for name, field in FIELDS.items():
         kind, words = kind_and_words(field.type)
         flags, text, default = [flag_of(name), *field.metadata["flags"]], field.metadata["help"], field.default

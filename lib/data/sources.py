@@ -13,7 +13,7 @@ from lib.data.archive import unpack
 from lib.data.folders import enter
 from lib.runs import whole_folder
 
-ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
+ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tbz")
 
 
 def cache_dir(config):
