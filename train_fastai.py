@@ -85,7 +85,8 @@ def begin(learn, config, run, facts, past):
     if not past:
         run.save_skipped(learn.dls.store.skipped)
         run.save_augmentation(augment.saved(learn.dls.augment))
-        run.save_model_card(models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
+        card = models.card(config.model, learn.dls, RESIZE_RULE, config.flip)
+        run.save_model_card({**card, "levels": learn.dls.store.levels})
         evaluate.save_train_batch(learn, config, run)
         run.note(lr=evaluate.range_test(learn, config, run) if config.lr == "find" else config.lr)
     report.write(run.path, live=not config.lr_find_only, show=config.open)

@@ -91,7 +91,7 @@ class Predictor:
 
     def prepared(self, image):
         """What the network sees of an image: (size, size, 3) uint8."""
-        return centre(read(image, self.size), self.size)
+        return centre(read(image, self.size, self.card.get("levels")), self.size)
 
     def batches(self, images, complain=None):
         """Yields (images, pixels (n, size, size, 3) uint8, network's input (n, 3, size, size), probabilities) a batch.

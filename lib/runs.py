@@ -224,6 +224,9 @@ def read_card(path):
             raise ValueError("classes are not as many names as the network has outputs")
         if type(size) is not int or not 0 < size <= 1024 or len(numbers) != 6 or not all(map(math.isfinite, numbers)):
             raise ValueError("size, mean or std are not what a run writes")
+        low, high = card.get("levels") or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError("levels are not what a run writes")
         return card
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise BadInput(f"{path}: is damaged ({one_line(e)})") from None
@@ -245,6 +248,7 @@ def facts(config, dls, model, machine):
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
         "data_fingerprint": dls.store.fingerprint(),
         "params": sum(p.numel() for p in model.parameters()),
+        **({"levels": dls.store.levels} if dls.store.levels else {}),
     }
 
 
@@ -253,6 +257,8 @@ def banner(config, facts, where):
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
     if facts["skipped"]:
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
+    if "levels" in facts:
+        images += "; of more than 8 bits, {:g} is black and {:g} white".format(*facts["levels"])
     side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
     names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
     at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""

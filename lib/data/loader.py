@@ -38,14 +38,14 @@ class ReadImage(Transform):
 
     input_types = (object,)
 
-    def __init__(self, size):
+    def __init__(self, size, levels=None):
         super().__init__()
-        self.size = size
+        self.size, self.levels = size, levels
 
     def encodes(self, x: object) -> PILImage:
         if isinstance(x, torch.Tensor):
             x = np.asarray(x.permute(1, 2, 0).cpu() if isinstance(x, TensorImage) else x.cpu())
-        return PILImage.create(decode.read(x, self.size))
+        return PILImage.create(decode.read(x, self.size, self.levels))
 
 
 class CentreCrop(Transform):
@@ -297,7 +297,7 @@ def get_dls(config, device="cpu"):
     block = DataBlock(
         blocks=(TransformBlock(batch_tfms=IntToFloatTensor), TransformBlock(categorize)),
         get_items=lambda _: store.paths,
-        get_x=ReadImage(size),
+        get_x=ReadImage(size, store.levels),
         get_y=Label(find_sets(root).values()),
         splitter=lambda _: splits,
         item_tfms=list(item_tfms),
