@@ -280,8 +280,8 @@ def read(argv):
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
     run = Path(check(FIELDS["resume"], flags["resume"])).expanduser()
-    whole = next((p for p in run.parents if (p / "args.yaml").exists()), None)
-    if whole and not (run / "args.yaml").exists():
+    whole = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
+    if whole != run:
         raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {whole}, which goes on from last.pt")
     try:
         env = read_json(run / "env.json")
@@ -294,7 +294,8 @@ def resumed(flags):
     config = dataclasses.replace(before, **flags)
     for name in FIELDS:
         value, kept = getattr(config, name), getattr(before, name)
-        if name not in FREE and value != kept:
+        moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # the same file elsewhere
+        if name not in FREE and value != kept and not moved:
             why = f"would change the result of {run}, which has {kept}; leave it out, or start a new run"
             raise BadInput(f"{flag_of(name)}: {value} {why}")
     if config.lr_find_only:

@@ -152,16 +152,21 @@ def logger(kind, folder):
     writer = SummaryWriter(folder)
 
     def log(rows):
-        for name, value in rows[-1].items():
-            writer.add_scalar(name, value, rows[-1]["epoch"])
-        writer.flush()
+        try:
+            for name, value in rows[-1].items():
+                writer.add_scalar(name, value, rows[-1]["epoch"])
+            writer.flush()
+        except OSError as e:
+            text = f"cannot be written ({e.strerror}); make room, and go on with --resume and --log none"
+            raise BadInput(f"{folder}: {text}") from None
 
     return log
 
 
 def check_out(config, size=1):
-    """Raises BadInput where `--out` cannot hold `size` bytes: no folder, no right to write, disk full, quota, limit."""
-    path = Path(config.out).expanduser().absolute()
+    """Raises BadInput where `--out`, or a run to resume, cannot hold `size` bytes: no folder or right, disk full, quota."""
+    name = "resume" if config.resume else "out"  # a run that has moved goes on where it is
+    path = Path(getattr(config, name)).expanduser().absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
     try:
         with tempfile.TemporaryFile(dir=nearest) as f:
@@ -169,7 +174,8 @@ def check_out(config, size=1):
                 os.posix_fallocate(f.fileno(), 0, size)
     except OSError as e:
         needs = f"has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
-        raise BadInput(f"--out {config.out}: cannot be written to, or {needs} ({e.strerror}); pass another") from None
+        text = f"cannot be written to, or {needs} ({e.strerror}); pass another"
+        raise BadInput(f"--{name} {getattr(config, name)}: {text}") from None
 
 
 def start(config, **facts):
@@ -204,7 +210,10 @@ def reopen(config, **facts):
         raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
     now = {**environment(), **{name: facts[name] for name in OF_MACHINE}}
     of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
-    (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    try:
+        (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
     env = {**facts, **now, **env, **of_data, "resumed": [*env.get("resumed", []), now]}
     return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
