@@ -164,7 +164,7 @@ def logger(kind, folder):
 
 
 def check_out(config, size=1):
-    """Raises BadInput where `--out`, or a run to resume, cannot hold `size` bytes: no folder or right, disk full, quota."""
+    """Raises BadInput where `--out`, or a run to resume, cannot hold `size` bytes (rights, a full disk, a quota)."""
     name = "resume" if config.resume else "out"  # a run that has moved goes on where it is
     path = Path(getattr(config, name)).expanduser().absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
