@@ -51,6 +51,13 @@ def test_folders_that_hold_the_same_folders_are_no_classes(sets, tmp_path):
     assert classes == set(sets)
 
 
+def test_sets_deeper_than_other_folders_are_asked_for(tmp_path):
+    root = tree(tmp_path / "x", {"images/train": CLASSES, "images/test": FEW, "": {"annotations": 5}})
+    with pytest.raises(BadInput, match=f"images/ holds sets beside 1 other folders; pass --data {root / 'images'}"):
+        folders.find_images(root, 0.1, 0)
+    assert [len(images) for images in folders.find_images(root / "images", 0.1, 0)] == [22, 2, 6]
+
+
 def test_folders_of_classes_may_differ(tmp_path):
     root = tree(tmp_path, {"cat": {"2019": 4, "2020": 4}, "dog": {"2020": 4, "2021": 4}})
     assert sum(map(len, folders.find_images(root, 0.1, 0))) == 16

@@ -82,6 +82,16 @@ def test_streams_that_are_closed_stop_nothing(photos, tmp_path):
     assert (tmp_path / "x/summary.json").exists()
 
 
+def test_a_program_without_streams_reads_images(photos):
+    code = f"""import os, sys
+os.close(2); sys.stderr = None
+from lib.config import Config
+from lib.data import get_dls
+print(len(get_dls(Config(data={str(photos)!r}, size=16)).store))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "16\n"
+
+
 def test_no_home_is_one_line():
     code = (
         "import os, pwd, sys; os.environ.pop('HOME'); pwd.getpwuid = {}.__getitem__\n"

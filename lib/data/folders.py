@@ -190,6 +190,9 @@ def check_classes(root, found):
         text = "looks like a set, and has no class folders; expected train/<class>/<image>, or <class>/<image>"
         raise BadInput(f"{found['train'][0]}: {text}")
     inside = {p: {q.name for q in folders_in(p)} for p in sum(found.values(), []) if not p.is_symlink()}
+    for p, names in inside.items():
+        if any(set_of(name) == "train" and folders_in(p / name) for name in names):
+            raise BadInput(f"{root}: {p.name}/ holds sets beside {len(inside) - 1:,} other folders; pass --data {p}")
     for (a, of_a), (b, of_b) in combinations([(p, names) for p, names in inside.items() if len(names) > 1], 2):
         if len(same := of_a & of_b) > 1:
             text = (

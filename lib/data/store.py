@@ -184,6 +184,10 @@ def decode_all(paths, size, skip, levels, seen):
 @contextmanager
 def quiet():
     """Inside, what image libraries write to stderr, past Python, on damaged files goes nowhere. Gives the true one."""
+    if sys.stderr is None:  # a program without a window
+        with open(os.devnull, "w") as nowhere:
+            yield nowhere
+        return
     sys.stderr.flush()
     with open(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
