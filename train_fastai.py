@@ -17,8 +17,9 @@ from lib import config as settings
 
 def main(argv=None):
     """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 3 diverged, 130 interrupted."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no é stops no run
+    cli.prepare_output()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(cli.Lasting, streams)  # a run outlives its reader
     try:
         configs = settings.variants(argv)
         if len(configs) == 1:
@@ -40,6 +41,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted; --resume and the run folder go on from its last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def train(config, tested=None):
@@ -91,7 +94,8 @@ def begin(learn, config, run, facts, past, tested):
         data.say_doubts(learn.dls, run.path)
         run.save_skipped(learn.dls.store.skipped)
         run.save_augmentation(augment.saved(learn.dls.augment))
-        run.save_model_card(models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
+        card = models.card(config.model, learn.dls, RESIZE_RULE, config.flip)
+        run.save_model_card({**card, "levels": learn.dls.store.levels})
         evaluate.save_train_batch(learn, config, run)
         lr, step = config.lr, None
         if lr == "find":
@@ -107,7 +111,7 @@ def begin(learn, config, run, facts, past, tested):
 
 def fit(learn, config, run, past, lr, start):
     """Trains, then evaluates and explains the best weights; returns the exit status."""
-    from lib import report
+    from lib import predict, report
     from lib import train as training
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
@@ -121,6 +125,8 @@ def fit(learn, config, run, past, lr, start):
         with saved.signals():
             training.fit(learn, config, lr)
         ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best, start)
+        if learn.dls.unlabelled:  # images of the data without classes
+            ranks.on_first(predict.to_file)(run.path, learn.dls.unlabelled, learn.dls.device)
         return 0
     except recorder.Diverged as e:
         complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))

@@ -1,4 +1,4 @@
-"""What every command shares: errors of one line, exit statuses, and JSON files read with care."""
+"""What every command shares: errors of one line, exit statuses, output, and JSON files read with care."""
 
 import argparse
 import difflib
@@ -6,12 +6,23 @@ import json
 import os
 import sys
 import time
+import unicodedata
+from contextlib import suppress
 from pathlib import Path
+
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+if started.parent == Path(__file__).resolve().parent or started.name == "train_fastai.py":
+    os.environ["MPLBACKEND"] = "agg"  # a command draws into files alone; a notebook keeps its backend
 
 
 def printable(text):
     """`text` as one line that a terminal shows as text: line breaks, escape codes and the like are spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def is_text(value):
+    """Whether `value` is one line of plain text: spaces and joiners of any script, no control or direction codes."""
+    return all(c.isprintable() or c in "\u200c\u200d" or unicodedata.category(c) == "Zs" for c in value)
 
 
 class OneLine(Exception):
@@ -63,12 +74,47 @@ def until(seconds):
     return "until " + time.strftime("%H:%M" if end[:3] == now[:3] else "%a %H:%M", end)
 
 
+class Lasting:
+    """A text stream that goes on, silently, where its reader is gone or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            return function(*args)
+        except OSError:
+            with suppress(OSError):  # what is still in its buffer must go somewhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def prepare_output():
+    """UTF-8 where stdout is no terminal; a terminal that lacks a letter has it spelled out."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or a program without a window
+            setattr(sys, name, open(os.devnull, "w"))
+    if hasattr(sys.stdout, "reconfigure"):
+        terminal = sys.stdout.isatty()
+        how = dict(errors="backslashreplace") if terminal else dict(encoding="utf-8", errors="surrogateescape")
+        sys.stdout.reconfigure(**how)
+
+
 def command(function):
-    """`main(argv)` of a module: exit status 0; 2 and one line on stderr where `function` raises BadInput; or 130."""
+    """`main(argv)` of a module: exit status 0 or what `function` returns; 2 and one line for its BadInput; or 130."""
 
     def main(argv=None):
+        prepare_output()
         try:
-            function(argv)
+            return function(argv) or 0
         except BadInput as e:
             print(f"error: {e}", file=sys.stderr)
             return 2
@@ -81,7 +127,28 @@ def command(function):
     return main
 
 
+ELSEWHERE = {  # what timm, ultralytics, torchvision and Keras call these settings
+    "--batch-size": "bs batch", "--size": "imgsz img-size input-size image-size", "--lr": "lr0 learning-rate",
+    "--patience-epochs": "patience", "--weight-decay": "wd", "--model": "arch backbone network", "--optimizer": "opt",
+    "--schedule": "sched scheduler lr-scheduler", "--epochs": "epoch num-epochs", "--seeds": "seed random-seed",
+    "--workers": "num-workers", "--label-smoothing": "smoothing", "--data": "data-dir data-path dataset source",
+    "--out": "output output-dir project save-dir", "--precision": "amp half fp16", "--pretrained": "weights",
+    "--valid-pct": "val-split valid-split validation-split", "--ema": "model-ema ema-decay", "--device": "gpu gpus",
+    "--accumulate": "grad-accum-steps", "--warmup-epochs": "warmup", "--flip": "hflip fliplr",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
+    def parse_args(self, *args):
+        known, unknown = self.parse_known_args(*args)
+        if unknown:
+            flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
+            word = flags[0].strip("-").replace("_", "-")
+            ours = [flag for flag, others in ELSEWHERE.items() if word in others.split()]
+            meant = f" (did you mean {ours[0]}?)" if ours else guess(flags[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return known
+
     def error(self, message):
         raise BadInput(f"{message}; see --help")
 

@@ -5,14 +5,13 @@ import dataclasses
 import itertools
 import math
 import os
-import unicodedata
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lib.cli import BadInput, Parser, brief, guess, one_line, read_json
+from lib.cli import BadInput, Parser, brief, guess, is_text, one_line, read_json
 
 Auto = Literal["auto"]
 AUGMENTS = ("standard", "photo", "none")
@@ -56,14 +55,13 @@ IMPLIED = {  # setting: what its value makes the defaults of settings below it
     "epochs": lambda epochs: {"patience_epochs": max(epochs // 10, 1)},
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
     "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 0.2}}.get,
+    "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
+    "ema": lambda decay: {} if decay else {"threshold": COMMON["threshold"]},  # only averaged weights' loss creeps on
 }
 
 
 def option(default, help, *flags, low=None, high=None, alone=None):
-    """A field of `Config` and its option of the command line in one; its annotation says which values it takes.
-
-    A default of None stands in the tables above. `low` and `high` are inclusive; `alone` is what the bare flag means.
-    """
+    """A field of `Config` and its option; None: the default is in the tables; `alone` is what the bare flag means."""
     return dataclasses.field(default=default, metadata=dict(help=help, flags=flags, low=low, high=high, alone=alone))
 
 
@@ -71,7 +69,9 @@ def option(default, help, *flags, low=None, high=None, alone=None):
 class Config:
     """Every setting of a run. Names are those of the command line; `args.yaml` holds exactly these."""
 
-    data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive (.tgz .tar.gz .tar .zip) of one")
+    data: str = option(
+        "cifar10", "cifar10, digits, a folder of images, or an archive (.zip .tar .tar.gz .tar.xz .tar.bz2) of one"
+    )
     schedule: Literal[*SCHEDULES] = option("plateau", "what drives the learning rate")
     bad_images: Literal["fail", "skip"] = option("fail", "unreadable images: fail names the first, skip lists them all")
     seeds: tuple[int, ...] = option((0,), "one run for each: weights, order, augmentation", low=0, high=2**32 - 1)
@@ -101,7 +101,9 @@ class Config:
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
-    threshold: float = option(None, "change that counts as an improvement (1e-4; cifar10 0.04)", low=0)
+    threshold: float = option(
+        None, "change that counts as an improvement (1e-4; cifar10 0.04 with valid_loss, ema)", low=0
+    )
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs in which the rate first rises, from a quarter of the schedule's", low=0)
@@ -146,7 +148,7 @@ class Config:
 
     def __post_init__(self):
         defaults = dict(COMMON)
-        for field in dataclasses.fields(self):
+        for field in sorted(dataclasses.fields(self), key=lambda field: field.name == "threshold"):  # it depends on ema
             value = getattr(self, field.name)
             value = check(field, defaults.get(field.name) if value is None else value)
             object.__setattr__(self, field.name, value)
@@ -223,11 +225,6 @@ def check_one(field, value):
     raise BadInput(f"{flag_of(field.name)}: must be {allowed}, not {brief(value)}{guess(value, words)}")
 
 
-def is_text(value):
-    """Whether `value` is one line of plain text: spaces and joiners of any script, no control or direction codes."""
-    return all(c.isprintable() or c in "\u200c\u200d" or unicodedata.category(c) == "Zs" for c in value)
-
-
 def parser():
     """The command line of `train_fastai.py`."""
     about = "Train an image classifier: range test, SGD under a schedule, curves, explained mistakes."
@@ -291,6 +288,9 @@ def read(argv):
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
     run = Path(check(FIELDS["resume"], flags["resume"])).expanduser()
+    whole = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
+    if whole != run:
+        raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {whole}, which goes on from last.pt")
     try:
         env = read_json(run / "env.json")
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
@@ -302,7 +302,8 @@ def resumed(flags):
     config = dataclasses.replace(before, **flags)
     for name in FIELDS:
         value, kept = getattr(config, name), getattr(before, name)
-        if name not in FREE and value != kept:
+        moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # the same file elsewhere
+        if name not in FREE and value != kept and not moved:
             why = f"would change the result of {run}, which has {kept}; leave it out, or start a new run"
             raise BadInput(f"{flag_of(name)}: {value} {why}")
     if config.lr_find_only:

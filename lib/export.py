@@ -45,7 +45,9 @@ def onnx(predict):
     images = torch.randint(256, (5, predict.size, predict.size, 3), dtype=torch.uint8)
     named = dict(input_names=["images"], output_names=["probabilities"], dynamic_shapes=({0: torch.export.Dim("n")},))
     program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, **named)
-    program.model.metadata_props.update({k: json.dumps(predict.card[k]) for k in ("classes", "resize")})
+    program.model.metadata_props.update(
+        {k: json.dumps(predict.card[k]) for k in ("classes", "resize", "levels") if k in predict.card}
+    )
     content = program.model_proto.SerializeToString()
     try:
         import onnxruntime
@@ -71,8 +73,8 @@ def fastai(predict):
 
     import lib
 
-    size, classes = predict.size, predict.classes
-    prepare = lambda image: TensorImage(torch.tensor(centre(read(image, size), size)).permute(2, 0, 1))
+    size, classes, levels = predict.size, predict.classes, predict.card.get("levels")
+    prepare = lambda image: TensorImage(torch.tensor(centre(read(image, size, levels), size)).permute(2, 0, 1))
     unknown = lambda image: classes[0]
     blank = [np.zeros((size, size, 3), np.uint8)]  # an item from which fastai learns what its pipelines take …
     sets = Datasets(blank, [[prepare], [unknown, Categorize(vocab=classes, sort=False)]], splits=[[0], [0]])

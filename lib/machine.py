@@ -93,11 +93,17 @@ def pick_device(config):
     """`--device` as a torch.device; auto is each rank's own GPU, or the best there is. Raises BadInput."""
     import torch
 
+    processes, gpus = on_this_machine(), torch.cuda.device_count()
+    one_each = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    if launched() and one_each and processes <= gpus:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if processes > 1 and (one_each or config.device.startswith("cuda")):  # every rank sees it, so that none waits
+        n = gpus if one_each else 1
+        remedy = f"start {n} (torchrun --nproc-per-node {n}), or pass --device cpu" if n else "pass --device cpu"
+        raise BadInput(f"--device {config.device}: {n} GPUs for {processes} processes on this machine; {remedy}")
     if config.device == "auto":
-        rank, gpus = int(os.environ["LOCAL_RANK"]) if launched() else 0, torch.cuda.device_count()
-        if launched() or gpus:
-            return torch.device("cuda", rank) if rank < gpus else torch.device("cpu")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        best = "cuda:0" if gpus else "mps" if torch.backends.mps.is_available() and not launched() else "cpu"
+        return torch.device(best)
     try:
         device = torch.device(config.device)
         if device.type not in ("cpu", "cuda", "mps"):

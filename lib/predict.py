@@ -9,10 +9,11 @@ classes, probabilities = predict(["cat.jpg", "dog.jpg"])
 """
 
 import csv
+import mimetypes
 import os
 import re
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,11 @@ from PIL import Image
 
 from lib.cli import BadInput, Parser, command, one_line, printable
 from lib.data.decode import EXTENSIONS, batch_size, centre, read
+from lib.data.folders import LINKS, OTHERS, UNREAD, images_in
+from lib.runs import write_table
 
+COLUMNS = ("file", "prediction", "probability")
+HOW = "; with uv run --extra heif … HEIC too"
 AHEAD = 2  # batches that threads decode while one is predicted
 
 
@@ -53,7 +58,8 @@ def load(run, device="auto", tta=False):
         raise BadInput(f"{run}: its weights cannot be loaded ({one_line(e)})") from None
     if tta and card.get("flip") is not True:
         raise BadInput(f"--tta: {card_file} does not say that the images of training were flipped; leave it out")
-    return Predictor(model, card, machine.pick_device(SimpleNamespace(device=device)), tta)
+    device = machine.pick_device(SimpleNamespace(device=device)) if isinstance(device, str) else device
+    return Predictor(model, card, device, tta)
 
 
 class Predictor:
@@ -80,49 +86,67 @@ class Predictor:
         (n, h, w, 3) is n images. Raises BadInput naming a file that cannot be read.
         """
         is_one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
-        batches = [p for _, _, p in self.batches([images] if is_one else images)]
+        batches = [p for *_, p in self.batches([images] if is_one else images)]
         p = np.concatenate([np.zeros((0, len(self.classes))), *batches])
         return [self.classes[k] for k in p.argmax(1)], p
 
     def prepared(self, image):
         """What the network sees of an image: (size, size, 3) uint8."""
-        return centre(read(image, self.size), self.size)
+        return centre(read(image, self.size, self.card.get("levels")), self.size)
 
-    def batches(self, images):
-        """Yields (pixels (n, size, size, 3) uint8, network's input (n, 3, size, size), probabilities) a batch."""
+    def batches(self, images, complain=None):
+        """Yields (images, pixels (n, size, size, 3) uint8, network's input (n, 3, size, size), probabilities) a batch.
+
+        An image that cannot be read raises BadInput; with `complain`, a function of the error, it is left out.
+        """
         import torch
 
-        for pixels in self.decoded(images):
+        for good, pixels in self.decoded(images, complain):
             x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
             x = x.float().div_(255).sub_(self.mean).div_(self.std)
             with torch.inference_mode():
                 logits = (self.model(x) + self.model(x.flip(3))) / 2 if self.tta else self.model(x)
-            yield pixels, x, logits.cpu().double().log_softmax(1).exp().numpy()
+            yield good, pixels, x, logits.cpu().double().log_softmax(1).exp().numpy()
 
-    def decoded(self, images):
-        """Yields the pixels of one batch after the other; threads are at work on the next ones."""
+    def decoded(self, images, complain):
+        """Yields the images of one batch after the other, and their pixels; threads are at work on the next ones."""
         images, waiting, pool = iter(images), deque(), ThreadPoolExecutor()
         try:
             while (batch := list(islice(images, batch_size(self.size)))) or waiting:
                 if batch:
-                    waiting.append([pool.submit(self.prepared, image) for image in batch])
-                if not batch or len(waiting) > AHEAD:
-                    yield np.stack([task.result() for task in waiting.popleft()])
+                    waiting.append([(image, pool.submit(self.prepared, image)) for image in batch])
+                if batch and len(waiting) <= AHEAD:
+                    continue
+                good = []
+                for image, task in waiting.popleft():
+                    try:
+                        good.append((image, task.result()))
+                    except BadInput as e:
+                        if not complain:
+                            raise
+                        complain(e)
+                if good:
+                    yield [image for image, _ in good], np.stack([pixels for _, pixels in good])
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def find(arguments):
-    """The files that the arguments name: files as they are; of folders all images in them, by name."""
+def find(arguments, complain=print):
+    """The files that the arguments name: files as they are; of folders all images in them, by name.
+
+    `complain` is called with a line for each file of a folder that is an image, but of a kind that is not read.
+    """
     files = []
     for path in map(Path, arguments):
         if path.is_dir():
-            is_hidden = lambda p, root=path: any(part.startswith(".") for part in p.relative_to(root).parts)
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
-            inside = [p for p in inside if not is_hidden(p)]
+            passed = defaultdict(list)
+            inside = images_in(path, passed) + [Path(p) for p in passed[LINKS] if os.path.isfile(p)]
+            for p in sorted(passed[UNREAD] + passed[OTHERS]):
+                if (mimetypes.guess_type(p)[0] or "").startswith("image/"):
+                    complain(f"{p}: is passed over; read are {' '.join(EXTENSIONS)}{HOW * (p in passed[UNREAD])}")
             if not inside:
                 raise BadInput(f"{path}: no images ({' '.join(EXTENSIONS)})")
-            files += inside
+            files += sorted(inside, key=Path.as_posix)
         elif path.exists():
             files.append(path)
         else:
@@ -143,21 +167,22 @@ def explain(predict, folder, first, files, pixels, x, p):
         runs.write_figure(folder / f"{row:05}-{name}.png", plots.explanation(image, cam, title))
 
 
-def write_table(predict, files, folder):
-    """Prints the CSV; with a `folder` explains each image too."""
-    shown = printable if sys.stdout.isatty() else str
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
-    table, done = csv.writer(sys.stdout, lineterminator="\n"), 0
-    table.writerow(["file", "prediction", "probability"])
-    for pixels, x, p in predict.batches(files):
-        batch = files[done : done + len(p)]
-        for file, shares in zip(batch, p):
-            table.writerow([shown(file), shown(predict.classes[shares.argmax()]), f"{shares.max():.6f}"])
-        sys.stdout.flush()
+def rows(predict, files, complain, folder=None):
+    """Yields (file, prediction, probability) of each file that can be read; with a `folder` explains each image too."""
+    done = 0
+    for batch, pixels, x, p in predict.batches(files, complain):
         if folder:
             explain(predict, folder, done + 1, batch, pixels, x, p)
         done += len(p)
+        for file, shares in zip(batch, p):
+            yield file, predict.classes[shares.argmax()], f"{shares.max():.6f}"
+
+
+def to_file(run, files, device):
+    """Writes predictions.csv of `files` into the run folder `run`; prints what could not be read."""
+    table = list(rows(load(run, device), files, lambda e: print(f"warning: {e}", file=sys.stderr)))
+    write_table(run / "predictions.csv", COLUMNS, table)
+    print(f"{len(table):,} images without classes are predicted: {printable(run / 'predictions.csv')}", flush=True)
 
 
 @command
@@ -178,14 +203,26 @@ def main(argv):
         from lib.serve import serve
 
         return serve(predict, Path(args.run).resolve().name, args.serve)
-    files = find(args.images)
+    faults = []
+
+    def complain(error):
+        faults.append(error)
+        sys.stdout.flush()  # where the two go to one terminal
+        print(f"error: {printable(error)}", file=sys.stderr)
+
+    files = find(args.images, complain)
     folder = args.explain and Path(args.explain).expanduser()
     if folder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise BadInput(f"--explain {folder}: cannot be made ({e.strerror})") from None
-    write_table(predict, files, folder)
+    shown, table = printable if sys.stdout.isatty() else str, csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for row in rows(predict, files, complain, folder):
+        table.writerow(map(shown, row))
+        sys.stdout.flush()
+    return 2 if faults else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.cli import BadInput, one_line, read_json
+from lib.cli import BadInput, one_line, printable, read_json
 from lib.config import RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
@@ -152,16 +152,21 @@ def logger(kind, folder):
     writer = SummaryWriter(folder)
 
     def log(rows):
-        for name, value in rows[-1].items():
-            writer.add_scalar(name, value, rows[-1]["epoch"])
-        writer.flush()
+        try:
+            for name, value in rows[-1].items():
+                writer.add_scalar(name, value, rows[-1]["epoch"])
+            writer.flush()
+        except OSError as e:
+            text = f"cannot be written ({e.strerror}); make room, and go on with --resume and --log none"
+            raise BadInput(f"{folder}: {text}") from None
 
     return log
 
 
 def check_out(config, size=1):
-    """Raises BadInput where `--out` cannot hold `size` bytes: no folder, no right to write, disk full, quota, limit."""
-    path = Path(config.out).expanduser().absolute()
+    """Raises BadInput where `--out`, or a run to resume, cannot hold `size` bytes (rights, a full disk, a quota)."""
+    name = "resume" if config.resume else "out"  # a run that has moved goes on where it is
+    path = Path(getattr(config, name)).expanduser().absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
     try:
         with tempfile.TemporaryFile(dir=nearest) as f:
@@ -169,7 +174,8 @@ def check_out(config, size=1):
                 os.posix_fallocate(f.fileno(), 0, size)
     except OSError as e:
         needs = f"has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
-        raise BadInput(f"--out {config.out}: cannot be written to, or {needs} ({e.strerror}); pass another") from None
+        text = f"cannot be written to, or {needs} ({e.strerror}); pass another"
+        raise BadInput(f"--{name} {getattr(config, name)}: {text}") from None
 
 
 def start(config, **facts):
@@ -204,7 +210,10 @@ def reopen(config, **facts):
         raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
     now = {**environment(), **{name: facts[name] for name in OF_MACHINE}}
     of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
-    (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    try:
+        (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
     env = {**facts, **now, **env, **of_data, "resumed": [*env.get("resumed", []), now]}
     return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
@@ -224,6 +233,9 @@ def read_card(path):
             raise ValueError("classes are not as many names as the network has outputs")
         if type(size) is not int or not 0 < size <= 1024 or len(numbers) != 6 or not all(map(math.isfinite, numbers)):
             raise ValueError("size, mean or std are not what a run writes")
+        low, high = card.get("levels") or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError("levels are not what a run writes")
         return card
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise BadInput(f"{path}: is damaged ({one_line(e)})") from None
@@ -245,6 +257,7 @@ def facts(config, dls, model, machine):
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
         "data_fingerprint": dls.store.fingerprint(),
         "params": sum(p.numel() for p in model.parameters()),
+        **({"levels": dls.store.levels} if dls.store.levels else {}),
     }
 
 
@@ -253,12 +266,15 @@ def banner(config, facts, where):
     images = ", ".join(f"{n:,} {name}" for name, n in facts["images"].items())
     if facts["skipped"]:
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
-    side, small = facts["size"], facts["size"] * 3 // 4
+    if "levels" in facts:
+        images += "; of more than 8 bits, {:g} is black and {:g} white".format(*facts["levels"])
+    side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
+    names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
     at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
-        f"{config.data}: {images}; {len(facts['classes'])} classes, {side} x {side} pixels{at_first}\n"
+        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels{at_first}\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )

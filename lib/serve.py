@@ -34,7 +34,7 @@ def answer(predict, content):
     from lib import models
     from lib.explain import maps
 
-    ((pixels, x, p),) = predict.batches([content])
+    ((_, pixels, x, p),) = predict.batches([content])
     best = p[0].argsort()[::-1]
     cam = maps(predict.model, models.cam_layer(predict.model, predict.size), x, best[:1])[0]
     over = 0.45 * pixels[0] + 0.55 * 255 * colormaps["inferno"](cam)[..., :3]

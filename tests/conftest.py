@@ -5,6 +5,7 @@ import sys
 import traceback
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ["MPLBACKEND"] = "agg"  # a notebook's terminal hands on its own
 
 import numpy as np
 import pytest

@@ -1,9 +1,11 @@
 import csv
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
+import yaml
 
 from lib.train import checkpoint, recorder
 from train_fastai import main
@@ -119,6 +121,20 @@ def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
     assert main(["--resume", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_a_file_of_a_run_is_not_its_folder(whole, capsys):
+    assert main(["--resume", str(whole / "weights/last.pt")]) == 2
+    assert f"pass --resume {whole}, which goes on from last.pt" in capsys.readouterr().err
+
+
+def test_data_that_has_moved_is_asked_for(whole, tmp_path, bands, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    args = yaml.safe_load((tmp_path / "run/args.yaml").read_text())
+    (tmp_path / "run/args.yaml").write_text(yaml.safe_dump({**args, "data": str(tmp_path / "before")}))
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    assert f"if it has moved, pass --resume {tmp_path / 'run'} --data" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "run"), "--data", str(bands)]) == 0
 
 
 def test_the_checkpoint_is_a_plain_state_dict_whose_every_value_is_under_its_checksum(whole):

@@ -51,7 +51,12 @@ def test_help_needs_no_torch_and_is_quick():
         (["--seeds", "-1"], "--seeds"),
         (["--factor", "1"], "--factor"),
         (["--workers", "many"], "--workers"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3 (did you mean --epochs?)"),
+        (["--patience", "3"], "did you mean --patience-epochs?"),
+        (["--bs=64"], "did you mean --batch-size?"),
+        (["--imgsz", "64"], "did you mean --size?"),
+        (["--weight_decay", "0"], "did you mean --weight-decay?"),
+        (["--data", "https://a.b/c.zip"], "--data https://a.b/c.zip: is a web address; fetch it"),
         (["--data", "no/such/folder"], "no/such/folder: not found"),
         (["--config", "no-such.yaml"], "no-such.yaml"),
         (["--name", "../x", "--data", "digits"], "--name"),
@@ -72,6 +77,22 @@ def test_patience_is_a_tenth_of_the_epochs(epochs, patience):
     assert config.Config(epochs=epochs, patience_epochs=0).patience_epochs == 0
     longer = config.Config(epochs=epochs).to_dict() | {"epochs": 300}  # as --resume has it
     assert config.Config(**longer).patience_epochs == patience
+
+
+def test_defaults_that_depend_on_each_other_fit():
+    """CIFAR-10's threshold is for the loss of averaged weights, which creeps on."""
+    threshold = lambda *argv: config.parse(list(argv)).threshold
+    assert threshold() == threshold("--ema", "0.99") == 0.04
+    assert (
+        threshold("--monitor", "valid_acc") == threshold("--monitor", "train_loss") == threshold("--ema", "0") == 1e-4
+    )
+    assert threshold("--ema", "0", "--threshold", "0.01") == 0.01 and threshold("--data", "digits") == 1e-4
+
+
+def test_flags_of_others_are_none_of_ours_and_name_ours():
+    ours, others = config.parser()._option_string_actions, " ".join(cli.ELSEWHERE.values()).split()
+    assert set(cli.ELSEWHERE) <= set(ours) and not {f"--{other}" for other in others} & set(ours)
+    assert len(set(others)) == len(others)
 
 
 def test_not_all_epochs_have_small_images():

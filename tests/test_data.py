@@ -88,7 +88,9 @@ def test_files_that_are_not_taken_are_said(tmp_path, capsys):
     (root / "a" / "photo.heic").write_bytes(b"")
     save(root / "loose.png", picture(RNG, 0))
     assert sum(map(len, folders.find_images(root, 0.1, 0))) == 18
-    assert "2 files not named as images, or in no class folder, are passed over" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "HEIC files, which take uv run --extra heif …, are passed over, 1 in all" in out
+    assert "files not named as images, or in no class folder, are passed over, 1 in all, such as" in out
 
 
 def test_hidden_files_and_linked_folders_are_passed_over(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import runpy
@@ -101,10 +102,10 @@ def encrypted():
     return bytes(content)
 
 
-def long_name():
-    """A tar whose member has a name of 64 MB, which tarfile would read into memory."""
+def long_name(pack=lambda content: gzip.compress(content, 1)):
+    """A packed tar whose member has a name of 64 MB, which tarfile would read into memory."""
     head = member("x", 1 << 26, tarfile.GNUTYPE_LONGNAME).tobuf()
-    return gzip.compress(head + bytes(1 << 26), 1)
+    return pack(head + bytes(1 << 26))
 
 
 def sparse():
@@ -135,6 +136,11 @@ EVIL = {  # name of the archive: (content, words of the line)
     "name bomb.tgz": (long_name(), "name or header"),
     "codes.tgz": (tar_of((member("../\x1b[31m\n", 3), b"out")), r"\x1b[31m\n"),
     "up by a header.tgz": (tar_of((member("x", 3, pax_headers={"path": "../escaped"}), b"out")), "points outside"),
+    "bomb.tar.xz": (tar_of((member("pack/a/x.png", 20 << 20), bytes(20 << 20)), mode="w:xz"), "its size (100 times)"),
+    "bomb.tar.bz2": (tar_of((member("pack/a/x.png", 20 << 20), bytes(20 << 20)), mode="w:bz2"), "its size (100 times)"),
+    "name bomb.tar.xz": (long_name(lzma.compress), "name or header"),
+    "cut.tar.xz": (half(tar_of(mode="w:xz")), "cannot be unpacked"),
+    "cut.tar.bz2": (half(tar_of(mode="w:bz2")), "cannot be unpacked"),
     "cut.tgz": (half(tar_of()), "cannot be unpacked"),
     "cut.tar": (half(tar_of(mode="w")), "cannot be unpacked"),
     "text.tgz": (b"no archive" * 99, "cannot be unpacked"),
@@ -157,8 +163,9 @@ EVIL = {  # name of the archive: (content, words of the line)
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_an_archive_with_an_evil_member_is_refused_whole(name, tmp_path, refused):
+def test_an_archive_with_an_evil_member_is_refused_whole(name, tmp_path, refused, monkeypatch):
     content, words = EVIL[name]
+    monkeypatch.setattr(archive, "SMALL", 1 << 20)
     (tmp_path / name).write_bytes(content)
     line = refused("--data", tmp_path / name, "--cache", tmp_path / "cache")
     assert words in line and name in line
@@ -191,13 +198,66 @@ def test_what_an_archive_really_holds_is_counted():
     assert len(written.getvalue()) <= 10**6
 
 
-@pytest.mark.parametrize("name, content", [("x.zip", zip_of()), ("x.tgz", tar_of()), ("x.tar", tar_of(mode="w"))])
+def from_windows():
+    """A zip whose names have backslashes, with entries for folders."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for name in ("pack\\", "pack\\a\\", "pack\\b\\", *(f"pack\\{'ab'[i % 2]}\\{i}.png" for i in range(10))):
+            info = zipfile.ZipInfo("x")
+            info.filename, info.create_system = name, 0
+            z.writestr(info, b"" if name.endswith("\\") else PICTURE)
+    return out.getvalue()
+
+
+GOOD = {"x.zip": zip_of(), "windows.zip": from_windows(), "x.tgz": tar_of(), "x.tar": tar_of(mode="w")}
+GOOD |= {"x.tar.xz": tar_of(mode="w:xz"), "x.tar.bz2": tar_of(mode="w:bz2")}
+
+
+@pytest.mark.parametrize("name, content", GOOD.items())
 def test_a_good_archive_is_unpacked_with_plain_modes(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     archive.unpack(tmp_path / name, tmp_path / "out")
     files = sorted((tmp_path / "out").rglob("*.png"))
     assert len(files) == 10 and all(p.read_bytes() == PICTURE for p in files)
     assert {p.stat().st_mode & 0o7000 for p in files} == {0}
+
+
+def renamed(name, encoded):
+    """A zip with three images in a folder whose name is `encoded`, without the flag that says UTF-8."""
+    out, plain = io.BytesIO(), "x" * len(encoded)
+    with zipfile.ZipFile(out, "w") as z:
+        for i in range(3):
+            z.writestr(f"{plain}/{i}.png", PICTURE)
+    return out.getvalue().replace(plain.encode() + b"/", encoded + b"/")
+
+
+@pytest.mark.parametrize("name", ["K\u00e4tzchen", "\u732b", "\u043a\u043e\u0442", "cat"])
+def test_names_of_a_zip_are_utf8_where_they_can_be(name, tmp_path, capsys):
+    (tmp_path / "x.zip").write_bytes(renamed(name, name.encode()))
+    archive.unpack(tmp_path / "x.zip", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_dir()] in (
+        [],
+        [name],
+    ) and capsys.readouterr().out == ""
+    assert {p.parent.name for p in (tmp_path / "out").rglob("*.png")} <= {name, "out"}
+    assert next(iter(archive.members(tmp_path / "x.zip")))[0] == f"{name}/0.png"
+
+
+def test_names_of_a_zip_in_an_unknown_encoding_are_said(tmp_path, capsys):
+    (tmp_path / "x.zip").write_bytes(renamed("Hündchen", "Hündchen".encode("cp1252")))
+    archive.unpack(tmp_path / "x.zip", tmp_path / "out")
+    assert "3 names, such as H" in (out := capsys.readouterr().out) and "do not say their encoding" in out
+
+
+def test_drawings_that_pack_well_are_no_bomb(tmp_path, capsys):
+    """24 pictures of nearly one colour, as BMP: a thousandth of their size in a zip."""
+    drawing = Image.new("RGB", (600, 600), "white")
+    drawing.paste("black", (10, 10, 60, 60))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for i in range(24):
+            z.writestr(f"{'ab'[i % 2]}/{i}.bmp", encoded(drawing, "bmp"))
+    archive.unpack(tmp_path / "x.zip", tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("*.bmp"))) == 24
 
 
 # --- what a stranger's run folder holds ------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_a_terminal_gets_no_control_character(trained, hostile, monkeypatch):
             out += os.read(ours, 65536)
     os.close(ours)
     text = out.decode().replace("\r\n", "\n")
-    assert r"\x1b[31m=1.png" in text and r"broken\x1b]0;x\x07.png: is no whole JPEG" in text and text.count("\n") == 4
+    assert r"\x1b[31m=1.png" in text and r"broken\x1b]0;x\x07.png: is no whole JPEG" in text and text.count("\n") == 6
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
@@ -189,6 +189,44 @@ def test_a_reader_that_has_enough_is_no_error(trained, monkeypatch):
     with open(writer, "w") as out, monkeypatch.context() as m:
         m.setattr(sys, "stdout", out)
         assert predict.main([str(trained[0]), str(trained[1])]) == 0
+
+
+def test_each_good_image_has_a_row_and_each_other_a_line(trained, tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(3)
+    for i in range(4):
+        save(tmp_path / "in" / f"{i}.png", picture(rng, 1))
+    save(tmp_path / "in" / "5.avif", picture(rng, 1))
+    (tmp_path / "in/4.jpg").write_bytes(b"no image")
+    (tmp_path / "in/6.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (tmp_path / "in/7.psd").write_bytes(b"")
+    (tmp_path / "in/notes.txt").write_text("")
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "in/0.png")
+    for batch in (500, 1):
+        monkeypatch.setattr(predict, "batch_size", lambda size, batch=batch: batch)
+        status, rows, err = table([trained[0], tmp_path / "in", "--explain", tmp_path / "why"], capsys)
+        names = ["0.png", "1.png", "2.png", "3.png", "5.avif", "link.png"]
+        assert status == 2 and [row["file"] for row in rows] == [str(tmp_path / "in" / name) for name in names]
+        assert [sum(name in line for line in err.splitlines()) for name in ("4.jpg", "6.HEIC", "7.psd")] == [1, 1, 1]
+        assert err.count("\n") == 3 and all(line.startswith("error: ") for line in err.splitlines())
+        assert len(list((tmp_path / "why").iterdir())) == 6
+
+
+def test_heic_is_read_where_its_package_is_installed(trained, tmp_path, capsys, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    image = Image.fromarray(picture(np.random.default_rng(3), 1))
+    image.save(tmp_path / "a.heic", quality=90)
+    shutil.copy(tmp_path / "a.heic", tmp_path / "a.jpg")
+    assert np.abs(read(tmp_path / "a.heic", 32).astype(int) - np.asarray(image)).mean() < 30  # of noise
+    status, rows, err = table([trained[0], tmp_path], capsys)
+    assert (status, len(rows), err) == (0, 2, "")
+
+
+def test_heic_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.data.decode.find_spec", lambda name: None)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))  # as phones send them
+    with pytest.raises(BadInput, match="a.jpg: is HEIC, which takes pillow-heif"):
+        read(tmp_path / "a.jpg", 32)
 
 
 def test_explain_writes_a_picture_an_image(trained, hostile, capsys, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,39 @@ def test_bad_data_on_ranks_ends_all(tmp_path):
     first, other = on_ranks(2, job, tmp_path)
     assert first == 2 and other != 0 and time.monotonic() - start < 60
     assert (tmp_path / "rank0.txt").read_text().count("\n") == 1 and "nowhere" in said(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "device, gpus, words",
+    [
+        ("auto", 1, "1 GPUs for 2 processes on this machine; start 1 (torchrun --nproc-per-node 1)"),
+        ("cuda", 1, "1 GPUs for 2 processes"),
+        ("cuda", 0, "pass --device cpu"),
+        ("cuda:1", 2, "--device cuda:1: 1 GPUs for 2 processes"),
+    ],
+)
+def test_fewer_gpus_than_processes_end_all_ranks_at_once(device, gpus, words, bands, tmp_path):
+    def job(rank):
+        torch.cuda.device_count = lambda: gpus
+        return main(["--data", str(bands), "--out", str(tmp_path / "runs"), *ARGS, "--device", device])
+
+    start = time.monotonic()
+    assert on_ranks(2, job, tmp_path) == [2, 2], said(tmp_path)
+    assert time.monotonic() - start < 10
+    for rank in range(2):
+        line = (tmp_path / f"rank{rank}.txt").read_text()
+        assert line.count("\n") == 1 and words in line
+
+
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in zip(machine.TORCHRUN, "121212"):
+        monkeypatch.setenv(name, value)
+    for device in ("auto", "cuda"):
+        assert machine.pick_device(SimpleNamespace(device=device)) == torch.device("cuda", 1)
+    assert machine.pick_device(SimpleNamespace(device="cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.pick_device(SimpleNamespace(device="auto")) == torch.device("cpu")
 
 
 def test_a_comparison_on_ranks_is_refused(bands, tmp_path, monkeypatch, capsys):

@@ -40,7 +40,7 @@ def test_the_answer_is_the_predictors_and_its_map(predictor, bands):
     reply = client.post("/predict", content=file.read_bytes()).json()
     (name,), p = predictor(file)
     assert reply["classes"][0] == [name, p.max()] and [q for _, q in reply["classes"]] == sorted(p[0])[::-1]
-    ((image, x, _),) = predictor.batches([file])
+    ((_, image, x, _),) = predictor.batches([file])
     assert (pixels(reply["image"]) == image[0]).all()
     cam = maps(predictor.model, models.cam_layer(predictor.model, 32), x, [int(p.argmax())])[0]
     shown = pixels(reply["map"]).astype(int)

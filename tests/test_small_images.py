@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lib.cli import BadInput
-from lib.models import layers, networks, zoo
+from lib.models import layers, networks
 from lib.train import averaging
 
 

@@ -1,19 +1,21 @@
 """Archives, unpacked whole or refused."""
 
+import bz2
 import gzip
+import lzma
 import shutil
 import tarfile
 import zipfile
 from functools import partial
 from pathlib import PurePosixPath
 
-from lib.cli import BadInput, one_line
+from lib.cli import BadInput, one_line, printable
 from lib.data.folders import enter
 from lib.runs import whole_folder
 
 MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
 MAX_UNPACKED = 500_000_000_000  # bytes
-MAX_RATIO, SMALL = 100, 1 << 20  # an archive becomes at most so many times its size, or SMALL bytes
+MAX_RATIO, SMALL = 100, 1 << 30  # an archive becomes at most so many times its size, or SMALL bytes: drawings pack well
 MAX_HEADER = 1 << 22  # bytes of an archive that are read at once: tarfile reads long names whole
 SPECIAL = "is no plain file or folder"
 
@@ -50,26 +52,48 @@ def members(archive):
     """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
+            unclear = [m.filename for m in z.infolist() if name_of(m) is None]
+            if unclear:
+                text = f"{len(unclear):,} names, such as {unclear[0]}, do not say their encoding; read as cp437"
+                print(printable(f"{archive}: {text}; pack it anew with UTF-8 names if they look wrong"), flush=True)
             for m in z.infolist():
                 plain = (m.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
-                fault = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL
-                yield m.filename, m.file_size, fault, None if m.is_dir() else partial(z.open, m)
+                fault, name = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL, name_of(m) or m.filename
+                yield name, m.file_size, fault, None if name.endswith(("/", "\\")) else partial(z.open, m)
         return
     with open(archive, "rb") as file:
-        opener = BoundedGzip if file.read(2) == b"\x1f\x8b" else open
+        start = file.read(6)
+    opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), open)
     with opener(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as t:
         for m in t:
             plain = m.isdir() or (m.isreg() and not m.issparse())
             yield m.name, m.size, "" if plain else SPECIAL, None if m.isdir() else partial(t.extractfile, m)
 
 
-class BoundedGzip(gzip.GzipFile):
-    """A gzip file that gives no more than MAX_HEADER bytes at once, however many are asked for."""
+def name_of(member):
+    """The name of a zip's member: without the flag of UTF-8 it is so all the same where it can be; else None."""
+    if member.flag_bits & 0x800 or member.filename.isascii():
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return None
+
+
+class Bounded:
+    """A packed file that gives no more than MAX_HEADER bytes at once, however many are asked for."""
 
     def read(self, size=-1):
         if not 0 <= size <= MAX_HEADER:
             raise ValueError(f"a name or header of {size:,} bytes")
         return super().read(size)
+
+
+PACKED = {  # first bytes: what reads it
+    b"\x1f\x8b": type("Gzip", (Bounded, gzip.GzipFile), {}),
+    b"\xfd7zXZ\0": type("Xz", (Bounded, lzma.LZMAFile), {}),
+    b"BZh": type("Bzip2", (Bounded, bz2.BZ2File), {}),
+}
 
 
 def fault_of(where, number, total, most):

@@ -3,7 +3,10 @@
 import os
 import stat
 import threading
+import warnings
+import zlib
 from contextlib import nullcontext
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
@@ -11,36 +14,66 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib.cli import BadInput, one_line
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content; of others, Pillow hands EPS to Ghostscript
-MAX_PIXELS = 89_000_000  # an image of more is refused from its header, before it takes memory
+HEIF = (".heic", ".heif")  # read where pillow-heif is installed
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS += HEIF if find_spec("pillow_heif") else ()
+KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM")  # by content; Pillow hands EPS to Ghostscript
+MAX_PIXELS = 178_956_970  # an image of more is refused from its header, before it takes memory: Pillow's own limit
 MANY_PIXELS = 2**24  # images of more are decoded one at a time
-MAX_BYTES = 8 * MAX_PIXELS  # of a file
+MAX_BYTES = 4 * MAX_PIXELS  # of a file
 MAX_ASPECT = 100  # longer side / shorter side
 RESIZE_RULE = (
     "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
     "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
-locks = {}  # a lock is made where it is first used, so that functions of this module can be pickled by value
+END = b"\xff\xd9"  # the marker at the end of a JPEG
+GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # in place of what is missing of one it would change pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
 
 
-def read(image, size):
-    """An image as (h, w, 3) uint8, its shorter side `size` pixels, upright (EXIF), 16 bits scaled to 8.
+class Lock:
+    """A lock that functions of this module can be pickled with: the copy has its own."""
 
-    It is a path, the bytes of a file, a PIL image, or a uint8 array (h, w), (h, w, 3) or (h, w, 4). Raises BadInput
-    naming the file, or the array's type and shape.
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __reduce__(self):
+        return Lock, ()
+
+    def __enter__(self):
+        self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
+large = Lock()  # held where an image may take much memory
+
+
+def read(image, size, levels=None, seen=None):
+    """An image as (h, w, 3) uint8, its shorter side `size` pixels, upright (EXIF), deep levels scaled to 8 bits.
+
+    It is a path, the bytes of a file, a PIL image, or a uint8 array (h, w), (h, w, 3) or (h, w, 4). For `levels` and
+    `seen` see `from_deep`. Raises BadInput naming the file, or the array's type and shape.
     """
     name = image if isinstance(image, (str, os.PathLike)) else "an image"
     try:
         if isinstance(image, (str, os.PathLike)):
             image = file_content(image)
         if isinstance(image, bytes):
-            return from_content(image, size)
-        return resized(upright_rgb(image if isinstance(image, Image.Image) else from_array(image)), size)
+            return from_content(image, size, levels, seen)
+        image = image if isinstance(image, Image.Image) else from_array(image)
+        return resized(upright_rgb(image, levels, seen), size)
     except (BadInput, MemoryError):
         raise
-    except UnidentifiedImageError:  # its text has an address in memory
-        raise BadInput(f"{name}: is no whole {', '.join(KINDS)} by its content; repair or remove it") from None
+    except UnidentifiedImageError as error:  # Pillow's text has an address in memory
+        why = error if isinstance(error, Heif) else f"is no whole {', '.join(KINDS)} by its content"
+        raise BadInput(f"{name}: {why}; repair or remove it") from None
+    except Image.DecompressionBombError:
+        why = (
+            f"has more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb (mogrify -resize 50% makes it smaller)"
+        )
+        raise BadInput(f"{name}: {why}; repair or remove it") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
         raise BadInput(f"{name}: cannot be read as an image ({one_line(error)}); repair or remove it") from None
 
@@ -53,14 +86,56 @@ def file_content(path):
         return f.read()
 
 
-def from_content(content, size):
-    with Image.open(BytesIO(content), formats=KINDS) as image:
+class Heif(UnidentifiedImageError):
+    """A HEIC image where the package that reads it is not installed."""
+
+
+def kinds_of(content):
+    """The formats that `content` may be in: HEIF among them where it may be, and pillow-heif is installed."""
+    brand = content[8:12] if content[4:8] == b"ftyp" else b""
+    if brand not in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return KINDS
+    if find_spec("pillow_heif"):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        return "HEIF", *KINDS
+    if brand.startswith(b"h"):
+        raise Heif("is HEIC, which takes pillow-heif (uv run --extra heif …)")
+    return KINDS
+
+
+def from_content(content, size, levels, seen):
+    try:
+        return decoded(content, size, levels, seen)
+    except OSError:
+        if not (content.startswith(b"\xff\xd8") and lacks_its_end_alone(content)):
+            raise
+        return decoded(content + END, size, levels, seen)
+
+
+def lacks_its_end_alone(content):
+    """Whether a JPEG is whole but for the marker of its end: then no pixel depends on what is put there."""
+    sums = set()
+    for more in (b"", *GARBAGE):
+        try:
+            with large, Image.open(BytesIO(content + more + END), formats=["JPEG"]) as image:
+                sums.add(zlib.crc32(np.asarray(image)))
+        except (OSError, SyntaxError):
+            return False
+    return len(sums) == 1
+
+
+def decoded(content, size, levels, seen):
+    with Image.open(BytesIO(content), formats=kinds_of(content)) as image:
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            raise Image.DecompressionBombError
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        with locks.setdefault("large", threading.Lock()) if pixels > MANY_PIXELS else nullcontext():
-            return resized(upright_rgb(image), size)
+        with large if pixels > MANY_PIXELS else nullcontext():
+            if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in image.tile):
+                image = deep_colours(content, image, levels, seen)
+            return resized(upright_rgb(image, levels, seen), size)
 
 
 def from_array(image):
@@ -70,22 +145,52 @@ def from_array(image):
     return Image.fromarray(a)
 
 
-def upright_rgb(image):
+def deep_colours(content, image, levels, seen):
+    """The content of `image`, whose 16 bits a channel Pillow cuts to 8, as an image of 8 bits by `from_deep`."""
+    import cv2
+
+    array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)  # blue, green, red, alpha
+    if array is None or array.dtype != np.uint16 or array.shape[:2] != image.size[::-1]:
+        raise ValueError("its 16 bits a channel cannot be decoded")
+    colours, alpha = from_deep(array[..., 2::-1], "I;16", levels, seen), (array[..., 3:] >> 8).astype(np.uint8)
+    deep = Image.fromarray(np.dstack([colours, alpha]))
+    deep.getexif().update(image.getexif())
+    return deep
+
+
+def upright_rgb(image, levels, seen):
     """A PIL image as an upright one in RGB; transparency becomes white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = from_deep(np.asarray(image, np.float64), image.mode)
+        image = Image.fromarray(from_deep(np.asarray(image), image.mode, levels, seen))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def from_deep(levels, mode):
-    """16-bit and float grey levels as 8-bit. 16-bit modes say so; of others, levels up to 1 are shares of white."""
-    if not np.isfinite(levels).all():
+def from_deep(array, mode, levels, seen):
+    """Levels of more than 8 bits, or floats, as uint8; `levels` are those that become black and white.
+
+    Without them 16-bit modes go up to 65535, other levels to 65535, 255 or 1. The least and most level, and what is
+    white, are added to the list `seen`.
+    """
+    least, most = float(array.min()), float(array.max())
+    if not np.isfinite([least, most]).all():
         raise ValueError("some of its pixels are not numbers")
-    top = 65535 if mode.startswith("I;16") or levels.max() > 255 else 255 if levels.max() > 1 else 1
-    return Image.fromarray((levels.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    top = 65535 if mode.startswith("I;16") or most > 255 else 255 if most > 1 else 1
+    black, white = levels or (0, top)
+    if seen is not None:
+        seen.append((least, most, white))
+    from_table = array.dtype == np.uint16  # a number for each level, not for each pixel: large images are many
+    x = np.arange(2**16) if from_table else array.astype(np.float64)
+    x = ((x.clip(black, white) - black) * (255 / (white - black))).round().astype(np.uint8)
+    return x[array] if from_table else x
+
+
+def levels_of(seen):
+    """The levels that become black and white in a set of deep images: 0, or the least, and all of the bits in use."""
+    least, most = min(low for low, _, _ in seen), max(high for _, high, _ in seen)
+    return min(least, 0.0), float(2 ** int(most).bit_length() - 1) if most > 1 else 1.0
 
 
 def resized(image, size):

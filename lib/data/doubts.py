@@ -1,5 +1,6 @@
 """What is worth a look before an hour of training: near copies, classes with few images, images that stand out."""
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -123,7 +124,7 @@ def odd(store, ids):
         return []
     sides, shares = [], []
     for i in ids:
-        with Image.open(store.paths[i]) as image:  # its header: no pixels are read
+        with warnings.catch_warnings(action="ignore"), Image.open(store.paths[i]) as image:  # its header alone is read
             sides.append(max(image.size))
         pixels = store[i][:: max(len(store[i]) // 32, 1), :: max(store[i].shape[1] // 32, 1)].reshape(-1, 3)
         shares.append(np.unique(pixels.astype(np.uint32) @ [65536, 256, 1], return_counts=True)[1].max() / len(pixels))

@@ -1,24 +1,64 @@
 """From a folder of class folders to three lists of images: train, valid, test."""
 
 import os
+import re
 import unicodedata
+from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from lib.cli import BadInput, printable
-from lib.data.decode import EXTENSIONS
+from lib.data.decode import EXTENSIONS, HEIF
 
-SETS = (["train"], ["valid", "val", "validation"], ["test"])  # names of their folders
+SETS = {  # words that name a set; those of FILLERS may stand beside them, as in training_set, seg_test, val2017
+    "train": {"train", "training"},
+    "valid": {"valid", "val", "validation", "dev", "eval"},
+    "test": {"test", "testing"},
+    "new": {"pred", "predict", "unlabelled", "unlabeled"},  # images without classes
+}
+FILLERS = {"set", "data", "dataset", "images", "imgs", "seg", "split"}
 TEST_PCT = 0.2  # of the images, where the data brings no test set
+SYSTEM = (  # names of what systems leave in any folder, in lower case
+    "lost+found", "$recycle.bin", "recycler", "recycled", "#recycle", "@recycle", "@eadir", "#snapshot", "found.000",
+    "system volume information", "__macosx", "__pycache__", "thumbs.db", "desktop.ini",
+)  # fmt: skip
+PROGRAMS = ("models", "checkpoints", "runs", "logs", "lightning_logs", "mlruns", "wandb")  # left by them, if no images
+LEFT, LINKS = "files and folders that systems and programs leave", "links and devices"
+OTHERS, UNREAD = "files not named as images, or in no class folder,", "HEIC files, which take uv run --extra heif …,"
+
+
+def left_over(path):
+    """Whether `path` is what a system or a program leaves: never a class."""
+    name = path.name.lower()
+    return name in SYSTEM or (name in PROGRAMS and path.is_dir() and not images_in(path, defaultdict(list)))
 
 
 def visible(folder):
-    return sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))), key=lambda p: p.name)
+    inside = [p for p in folder.iterdir() if not p.name.startswith(".") and not left_over(p)]
+    return sorted(inside, key=lambda p: p.name)
 
 
-def named_folders(root, *names):
-    return [p for p in visible(root) if p.is_dir() and p.name.lower() in names]
+def folders_in(folder):
+    """The folders in `folder`, and links to some; in the order of their names."""
+    with os.scandir(folder) as entries:
+        found = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    return sorted((p for p in found if not left_over(p)), key=lambda p: p.name)
+
+
+def set_of(name):
+    """Which set the name of a folder says: a key of SETS, or ""."""
+    words = set(re.findall("[a-z]+", re.sub("(?<=[a-z])set$", "", name.lower()))) - FILLERS
+    return next((kind for kind, known in SETS.items() if len(words) == 1 and words <= known), "")
+
+
+def by_set(root):
+    """{set, or "" for none: folders of `root` whose names say so}."""
+    found = defaultdict(list)
+    for folder in folders_in(root):
+        found[set_of(folder.name)].append(folder)
+    return found
 
 
 def enter(folder):
@@ -26,70 +66,146 @@ def enter(folder):
     while True:
         inside = visible(folder)
         folders = [p for p in inside if p.is_dir() and not p.is_symlink()]
-        if len(folders) != 1 or folders[0].name.lower() == "train":
+        if len(folders) != 1 or set_of(folders[0].name) == "train":
             return folder
-        if any(p.suffix.lower() in EXTENSIONS for p in inside) or not any(p.is_dir() for p in visible(folders[0])):
+        if any(p.suffix.lower() in EXTENSIONS for p in inside) or not folders_in(folders[0]):
             return folder
         folder = folders[0]
 
 
-def images_in(folder, odd, others):
-    """The images under `folder`. Links and devices are added to `odd`, files not named as images to `others`."""
+def images_in(folder, passed):
+    """The images under `folder`. What is passed over is added to `passed`, {what it is: paths}."""
     images, folders = [], [folder]
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                known = entry.name.lower().endswith(EXTENSIONS)
-                if entry.name.startswith("."):
+                name = entry.name.lower()
+                known = name.endswith(EXTENSIONS)
+                if name.startswith("."):
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if name in SYSTEM:
+                    passed[LEFT].append(entry.path)
+                elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                 elif known and entry.is_file(follow_symlinks=False):
                     images.append(Path(entry.path))
                 else:
-                    (odd if known or entry.is_dir() else others).append(entry.path)
+                    unread = UNREAD if name.endswith(HEIF) else OTHERS
+                    passed[LINKS if known or entry.is_dir() else unread].append(entry.path)
     return sorted(images, key=Path.as_posix)
 
 
 def scan(folder, without=frozenset()):
     """The images under `folder` but those in `without`: [(path, class name)], in an order that the names alone decide.
 
-    Each folder in it is a class. Hidden names and links are passed over, which is printed. Raises BadInput for an
-    empty class.
+    Each folder in it is a class. Hidden names, links and what systems leave are passed over, which is printed. Raises
+    BadInput for empty classes.
     """
-    images, odd, others, notes, names = [], [], [], [], {}
+    images, passed, notes, names, empty = [], defaultdict(list), [], {}, []
+    passed[LEFT] += [p for p in folder.iterdir() if not p.name.startswith(".") and left_over(p)]
     for sub in visible(folder):
         if not sub.is_dir():
-            others += [sub] if sub.name.lower().endswith(EXTENSIONS) else []
+            passed[OTHERS] += [sub] if sub.name.lower().endswith(EXTENSIONS) else []
             continue
         if sub.is_symlink():
-            odd.append(sub)
+            passed[LINKS].append(sub)
             continue
-        files = [p for p in images_in(sub, odd, others) if p not in without]
+        files = [p for p in images_in(sub, passed) if p not in without]
         if not files:
-            kinds = f"{' that can be read' if without else ''} ({' '.join(EXTENSIONS)}; links do not count)"
-            raise BadInput(f"{sub}: no images{kinds}; remove the folder, or put images of its class in it")
+            empty.append(sub)
         label = unicodedata.normalize("NFC", sub.name)  # file systems differ in how they write é
         if names.setdefault(label, sub.name) != sub.name:
             notes.append(f"{sub}: is the class {label!r} in other code points; the two folders are taken as one class")
         images += [(path, label) for path in files]
-    if odd:
-        notes.append(f"{folder}: links and devices are passed over, {len(odd):,} in all, such as {odd[0]}")
-    if others:
-        text = "not named as images, or in no class folder, are passed over"
-        notes.append(f"{folder}: {len(others):,} files {text}, such as {others[0]}")
+    for what, paths in passed.items():
+        if paths:
+            notes.append(f"{folder}: {what} are passed over, {len(paths):,} in all, such as {min(map(str, paths))}")
     for note in notes if not without else ():
         print(printable(note), flush=True)
+    remedy = f"cp -rL {folder} COPY makes files of links"
+    if empty:
+        kinds = f"{' that can be read' if without else ''} ({' '.join(EXTENSIONS)}; links do not count, {remedy})"
+        more = f" and {len(empty) - 1:,} more folders ({brief(p.name for p in empty[1:])})" if empty[1:] else ""
+        raise BadInput(f"{empty[0]}{more}: no images{kinds}; remove the folder, or put images of its class in it")
+    if not images and passed[LINKS]:
+        raise BadInput(f"{folder}: no images in class folders but links, which are not followed; {remedy}")
     return images
+
+
+def brief(names, most=10):
+    """The first of `names` as text."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def find_sets(root, tell=False):
+    """{set: folder that holds its class folders} of `root`, for train, valid and test; {"train": root} without sets.
+
+    With `tell` it prints which folders are passed over. Raises BadInput where it is not clear what the folders are.
+    """
+    found, sets = by_set(root), {}
+    if not any(map(folders_in, found["train"])):
+        check_classes(root, found)
+        return {"train": root}
+    for kind in ("train", "valid", "test"):
+        for folder in found[kind]:
+            if folder.is_symlink():
+                raise BadInput(f"{folder}: is a link, and links are not followed; put the folder itself there")
+            if kind in sets:
+                raise BadInput(f"{root}: has both {found[kind][0].name}/ and {folder.name}/; keep one")
+            sets[kind] = unwrapped(folder)
+    new = flat(found)
+    if {*found["test"]} & {*new}:
+        del sets["test"]
+    other = [p.name + "/" for p in [*found[""], *found["new"]] if p not in new]
+    if tell and other:
+        names = ", ".join(p.name + "/" for kind in sets for p in found[kind])
+        print(printable(f"{root}: {brief(other)} beside {names}: passed over"), flush=True)
+    if tell and new:
+        print(printable(f"{root}: {brief(p.name + '/' for p in new)}: without classes; to be predicted"), flush=True)
+    return sets
+
+
+def unwrapped(folder):
+    """`folder` of a set, or the folder in it that is named as that set once more, as Kaggle's archives have it."""
+    inside = folders_in(folder)
+    return inside[0] if len(inside) == 1 and set_of(inside[0].name) == set_of(folder.name) else folder
+
+
+def flat(found):
+    """Those of the folders for test and for prediction that have images, and no class folders."""
+    plain = [p for p in [*found["test"], *found["new"]] if not folders_in(unwrapped(p))]
+    return [p for p in plain if images_in(p, defaultdict(list))]
+
+
+def unlabelled(root):
+    """The images of `root` that are to be predicted: of a test set without classes beside train/, or of pred/."""
+    found = by_set(root)
+    return [p for folder in flat(found) for p in images_in(folder, defaultdict(list))] if found["train"] else []
+
+
+def check_classes(root, found):
+    """Raises BadInput where folders that would be classes look like sets; `found` has them by `set_of`."""
+    if found["train"] and (not found[""] or found["valid"] or found["test"]):
+        text = "looks like a set, and has no class folders; expected train/<class>/<image>, or <class>/<image>"
+        raise BadInput(f"{found['train'][0]}: {text}")
+    inside = {p: {q.name for q in folders_in(p)} for p in sum(found.values(), []) if not p.is_symlink()}
+    for p, names in inside.items():
+        if any(set_of(name) == "train" and folders_in(p / name) for name in names):
+            raise BadInput(f"{root}: {p.name}/ holds sets beside {len(inside) - 1:,} other folders; pass --data {p}")
+    for (a, of_a), (b, of_b) in combinations([(p, names) for p, names in inside.items() if len(names) > 1], 2):
+        if len(same := of_a & of_b) > 1:
+            text = (
+                f"hold the same folders ({brief(sorted(same), 5)}): are these sets? Name them train/, valid/ and test/"
+            )
+            raise BadInput(f"{root}: {a.name}/ and {b.name}/ {text}; if they are classes, put all of them into train/")
 
 
 def split_off(images, pct, seed):
     """Splits [(path, class)] into (rest, held): `pct` of every class, at least one image, a function of `seed`."""
     held, (names, numbers) = set(), np.unique([name for _, name in images], return_inverse=True)
-    for k, name in enumerate(names):
+    for k in range(len(names)):
         of_class = np.flatnonzero(numbers == k)
-        if len(of_class) < 2:
-            raise BadInput(f"class {str(name)!r} has too few images to hold some out; it needs at least 3 in all")
         n = min(max(round(len(of_class) * pct), 1), len(of_class) - 1)
         held.update(np.random.default_rng([seed, k]).permutation(of_class)[:n].tolist())
     return [x for i, x in enumerate(images) if i not in held], [x for i, x in enumerate(images) if i in held]
@@ -98,31 +214,32 @@ def split_off(images, pct, seed):
 def find_images(root, valid_pct, split_seed, without=frozenset()):
     """Three lists of (path, class) under `root`: train, valid, test. With valid_pct 0 and no valid set, valid is test.
 
-    `train/` beside `valid|val|validation` and `test` is taken as it is; a single set beside `train/` is test; plain
-    class folders, or `train/` alone, give 20% of each class to test. What is held out is stratified, by `split_seed`.
-    `without` are images to leave out.
+    `train/` beside `valid/` and `test/`, or what others call them (SETS), is taken as it is; a single set beside
+    `train/` is test; plain class folders, or `train/` alone, give 20% of each class to test. What is held out is
+    stratified, by `split_seed`. `without` are images to leave out.
     """
-    folders = [named_folders(root, *names) for names in SETS]
-    folders = folders if folders[0] else [[root], [], []]
-    for same in folders:
-        if len(same) > 1:
-            raise BadInput(f"{root}: has both {same[0].name}/ and {same[1].name}/; keep one")
-        if same and same != [root] and same[0].is_symlink():
-            raise BadInput(f"{same[0]}: is a link, and links are not followed; put the folder itself there")
-    sets = [scan(*same, without) for same in folders if same]
+    folders = find_sets(root, tell=not without)
+    sets = [scan(folder, without) for folder in folders.values()]
     if not sets[0]:
         raise BadInput(f"{root}: no images in class folders; expected <class>/<image>, or train/<class>/<image>")
-    classes = sorted({name for _, name in sets[0]})
-    for folder, images in zip(sum(folders, []), sets):
+    counts = Counter(name for _, name in sets[0])
+    for folder, images in zip(folders.values(), sets):
         if not images:
             raise BadInput(f"{folder}: no images in class folders; fill it or remove it")
         for path, name in images:
-            if name not in classes:
-                raise BadInput(f"{path.parent}: class {name!r} is not among those of train ({', '.join(classes[:5])}…)")
-    if len(classes) < 2:
-        raise BadInput(f"{root}: only one class ({classes[0]!r}); a classifier needs at least two class folders")
+            if name not in counts:
+                raise BadInput(
+                    f"{path.parent}: class {name!r} is not among those of train ({brief(sorted(counts), 5)})"
+                )
+    if len(counts) < 2:
+        raise BadInput(f"{root}: only one class ({min(counts)!r}); a classifier needs at least two class folders")
     if len(sets) == 3:
         return tuple(sets)
+    needed = 1 + (len(sets) == 1) + (valid_pct > 0)
+    if small := {name: n for name, n in sorted(counts.items()) if n < needed}:
+        which = brief(f"{name!r} has {n}" for name, n in small.items())
+        text = f"{len(small):,} of {len(counts):,} classes have too few images to hold some out, fewer than {needed}"
+        raise BadInput(f"{root}: {text}: {which}; add images, or remove these folders")
     train, test = sets if len(sets) == 2 else split_off(*sets, TEST_PCT, split_seed)
     if valid_pct == 0:
         return train, test, test

@@ -22,7 +22,7 @@ from lib.config import AUXILIARY, MODELS
 from lib.data import decode
 from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
 from lib.data.decode import batch_size, centre
-from lib.data.folders import find_images, named_folders
+from lib.data.folders import find_images, find_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
 from lib.machine import on_this_machine
@@ -38,14 +38,14 @@ class ReadImage(Transform):
 
     input_types = (object,)
 
-    def __init__(self, size):
+    def __init__(self, size, levels=None):
         super().__init__()
-        self.size = size
+        self.size, self.levels = size, levels
 
     def encodes(self, x: object) -> PILImage:
         if isinstance(x, torch.Tensor):
             x = np.asarray(x.permute(1, 2, 0).cpu() if isinstance(x, TensorImage) else x.cpu())
-        return PILImage.create(decode.read(x, self.size))
+        return PILImage.create(decode.read(x, self.size, self.levels))
 
 
 class CentreCrop(Transform):
@@ -61,18 +61,18 @@ class CentreCrop(Transform):
 
 
 class Label(Transform):
-    """The class of an image file: the folder below `root`, or below a set's folder in it; elsewhere its own folder."""
+    """The class of an image file: the folder below one of `roots`, which hold class folders; elsewhere its own."""
 
     input_types = (object,)
 
-    def __init__(self, root, in_sets):
+    def __init__(self, roots):
         super().__init__()
-        self.root, self.depth = root.parts, len(root.parts) + in_sets
+        self.roots = [root.parts for root in roots]
 
     def encodes(self, path: object) -> str:
         path = path if isinstance(path, Path) else Path(path)
-        inside = path.parts[: len(self.root)] == self.root and len(path.parts) > self.depth
-        return unicodedata.normalize("NFC", path.parts[self.depth] if inside else path.parent.name)
+        inside = [r for r in self.roots if path.parts[: len(r)] == r and len(path.parts) > len(r) + 1]
+        return unicodedata.normalize("NFC", path.parts[len(inside[0])] if inside else path.parent.name)
 
 
 class NormalizeInPlace(Normalize):
@@ -263,7 +263,7 @@ def check_apart(config, root):
     root = root.resolve()
     for name in ("out", "cache"):
         written = Path(getattr(config, name) or root.parent).expanduser().resolve()
-        if written.is_relative_to(root) and not named_folders(root, "train"):
+        if written.is_relative_to(root) and root in find_sets(root).values():
             if not any(part.startswith(".") for part in written.relative_to(root).parts):
                 raise BadInput(f"--{name} {written}: lies among the class folders of {root}; pass another folder")
 
@@ -301,8 +301,8 @@ def get_dls(config, device="cpu"):
     block = DataBlock(
         blocks=(TransformBlock(batch_tfms=IntToFloatTensor), TransformBlock(categorize)),
         get_items=lambda _: store.paths,
-        get_x=ReadImage(size),
-        get_y=Label(root, bool(named_folders(root, "train"))),
+        get_x=ReadImage(size, store.levels),
+        get_y=Label(find_sets(root).values()),
         splitter=lambda _: splits,
         item_tfms=list(item_tfms),
         batch_tfms=NormalizeInPlace(mean, std, size),
@@ -314,8 +314,9 @@ def get_dls(config, device="cpu"):
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
     options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))
     options |= dict(store=store, seed=config.seed, item_tfms=item_tfms)  # StoreDL's own
-    dls = block.dataloaders(root, path=root, **options)
+    dls = block.dataloaders(root, **options)  # without the path of the data: what a learner saves is no part of it
     dls.test, dls.store, dls.mean, dls.std, dls.augment = dls[2], store, mean, std, augment
+    dls.unlabelled = unlabelled(root)
     return dls
 
 

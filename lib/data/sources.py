@@ -13,12 +13,15 @@ from lib.data.archive import unpack
 from lib.data.folders import enter
 from lib.runs import whole_folder
 
-ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
+ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tbz")
 
 
 def cache_dir(config):
     """Where downloaded and unpacked data lies: --cache, or fastai's data folder (under FASTAI_HOME)."""
-    return Path(config.cache).expanduser() if config.cache else fastai_cfg().path("data")
+    try:
+        return Path(config.cache).expanduser() if config.cache else fastai_cfg().path("data")
+    except RuntimeError:
+        raise BadInput("--cache: this user has no home folder for downloads; pass a folder, or set HOME") from None
 
 
 def cifar10(config):
@@ -65,6 +68,8 @@ SOURCES = {"cifar10": cifar10, "digits": digits}
 def root_folder(config):
     """The folder of images that `--data` names. Raises BadInput where there is none."""
     path = Path(config.data).expanduser()
+    if "://" in config.data:
+        raise BadInput(f"--data {config.data}: is a web address; fetch it (curl -LO …) and pass the file or folder")
     if config.data in SOURCES:
         path = SOURCES[config.data](config)
     elif path.is_file() and path.name.lower().endswith(ARCHIVES):
@@ -77,4 +82,6 @@ def root_folder(config):
         return enter(path)
     if path.exists():
         raise BadInput(f"--data {path}: is neither a folder nor an archive ({' '.join(ARCHIVES)})")
+    if config.resume:
+        raise BadInput(f"--data {path}: not found; if it has moved, pass --resume {config.resume} --data WHERE-IT-IS")
     raise BadInput(f"--data {path}: not found; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")

@@ -19,7 +19,7 @@ from lib.data import decode
 from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
-FORMAT = 3  # of the files of decoded images
+FORMAT = 4  # of the files of decoded images
 CHUNK = 256  # images that a thread decodes at a time
 STATS_PIXELS = 2**18  # that are counted together
 
@@ -47,6 +47,7 @@ class Store:
         threads = threads or os.cpu_count()
         facts = self.in_folder(Path(cache), threads, skip) if cache else self.unnamed(temporary, threads, skip)
         self.hash, self.skipped = facts["fingerprint"], [(self.names[i], reason) for i, reason in facts["skipped"]]
+        self.levels = facts["levels"]  # that are black and white in images of more than 8 bits; None without such
         if self.skipped and not skip:  # in a file that another run has written
             raise BadInput(f"{Path(root, self.skipped[0][0])}: {self.skipped[0][1]}; {REMEDY}")
         self.index = {p: i for i, p in enumerate(self.paths) if self.shapes[i].all()}
@@ -89,8 +90,20 @@ class Store:
     def read(self, file, threads, skip):
         """Decodes all images into `file`, and sets `shapes`, (n, 2).
 
-        Returns the facts: a fingerprint, and [number, reason] of each image that is skipped; its shape is (0, 0).
+        Returns the facts: a fingerprint, [number, reason] of each image that is skipped (its shape is (0, 0)), and the
+        levels of deep images: they are decoded once more where these are not what each image alone would have.
         """
+        seen, levels = [], None
+        facts = self.decode_into(file, threads, skip, None, seen)
+        if seen:
+            levels = decode.levels_of(seen)
+            if any((0, white) != levels for _, _, white in seen):
+                file.seek(0), file.truncate()
+                facts = self.decode_into(file, threads, skip, levels, None)
+        return {**facts, "levels": levels and list(levels)}
+
+    def decode_into(self, file, threads, skip, levels, seen):
+        """One pass over all images: writes their pixels to `file`, sets `shapes`, and returns facts."""
         shapes, skipped, digest = [], [], hashlib.blake2b(digest_size=8)
         chunks = [self.paths[i : i + CHUNK] for i in range(0, len(self), CHUNK)]
         pool, waiting = ThreadPoolExecutor(threads), deque()
@@ -99,7 +112,7 @@ class Store:
             try:
                 while chunks or waiting:
                     while chunks and len(waiting) < 2 * threads:  # no more than this ahead of what is written
-                        waiting.append(pool.submit(decode_all, chunks.pop(0), self.size, skip))
+                        waiting.append(pool.submit(decode_all, chunks.pop(0), self.size, skip, levels, seen))
                     pixels, shapes_of_chunk, faults = waiting.popleft().result()
                     digest.update(pixels)
                     skipped += [(len(shapes) + i, reason) for i, reason in faults]
@@ -153,12 +166,12 @@ class Store:
         return mean, np.maximum(np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), 1e-3)
 
 
-def decode_all(paths, size, skip):
+def decode_all(paths, size, skip, levels, seen):
     """(pixels, one image after another, shapes (h, w), [(number, reason)] of those that cannot be read) of a chunk."""
     images, faults = [], []
     for i, path in enumerate(paths):
         try:
-            images.append(decode.read(path, size))
+            images.append(decode.read(path, size, levels, seen))
         except BadInput as error:
             reason = error.text.removeprefix(printable(f"{path}: ")).rsplit("; ", 1)[0]
             if not skip:
@@ -171,6 +184,10 @@ def decode_all(paths, size, skip):
 @contextmanager
 def quiet():
     """Inside, what image libraries write to stderr, past Python, on damaged files goes nowhere. Gives the true one."""
+    if sys.stderr is None:  # a program without a window
+        with open(os.devnull, "w") as nowhere:
+            yield nowhere
+        return
     sys.stderr.flush()
     with open(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
