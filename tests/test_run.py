@@ -127,7 +127,7 @@ def test_lr_find_equals_lr_x_to_the_bit(smoke, tmp_path, cache):
 
 
 def test_the_weights_reload_in_plain_torch(smoke):
-    """The lines that the README shows, and the same test accuracy."""
+    """The lines that docs/run-folder.md shows, and the same test accuracy."""
     from safetensors.torch import load_file
 
     from lib.models.zoo import rebuild

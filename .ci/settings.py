@@ -1,0 +1,196 @@
+"""Makes docs/settings.md from the settings of lib/config.py.
+
+uv run .ci/settings.py             writes it
+uv run .ci/settings.py --check     exits with 1 where it is not up to date
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TARGET = ROOT / "docs/settings.md"
+
+START = """# Settings
+
+<!-- made by: uv run .ci/settings.py   (from lib/config.py; do not edit) -->
+
+`uv run train_fastai.py --help` prints the same list. Every setting has a default. Flags win over a file (`-c FILE`),
+and the file wins over the defaults. Each run writes its settings to `args.yaml`: `-c runs/x/args.yaml` runs it again.
+
+Three more flags are not settings:
+
+- `-c FILE` reads settings from a YAML file.
+- `--smoke` runs everything in seconds: digits, 2 epochs.
+- `--help` lists the flags.
+
+Some settings take one or several values. Several values make a [comparison](comparing.md).
+"""
+
+GROUPS = {  # heading: (settings, notes)
+    "Data": (
+        "data bad_images valid_pct split_seed size batch_size balanced_batches",
+        """
+        - With `--valid-pct 0` the test set chooses the weights. The summary and every figure then say so.
+        - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
+          evaluation, at a random place for training.
+        - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
+          end. With `--cache DIR` it stays, and later runs use it again if the names, sizes and times of the images
+          have not changed.
+        """,
+    ),
+    "Network": (
+        "model pretrained freeze_epochs",
+        """
+        - `--model` takes our networks (`small`, `medium`, `large`), the classifiers of torchvision (`resnet18`,
+          `vit_b_16`, …) and those of timm (`timm/convnext_atto`, with `uv run --extra timm …`).
+        - In the networks of torchvision and timm, GradCAM reads the last layer that has a map of at least 4 x 4. In a
+          ViT or a Swin transformer that is a norm layer.
+        - The first convolution of our networks is not trained. It whitens the 2 x 2 patches of the training images.
+          Its bias learns in the first three epochs.
+        """,
+    ),
+    "Training": (
+        "epochs seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
+        "perturb_on_plateau small_epochs stop_after keep target",
+        """
+        - Weight decay is torch's L2 penalty. BatchNorm and biases have none.
+        - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
+          training, except that plateau watches the loss of the average.
+        - With `--small-epochs N` the first N epochs use images of three quarters of the side, in training and in
+          evaluation. The weights that are kept come from a later epoch.
+        - The order of an epoch is a function of (seed, epoch). The augmentation of an image is a function of (seed,
+          epoch, image). So any number of `--workers` sees the same data. Two equal runs on one machine, with the same
+          number of threads, are equal to the bit (tested on a CPU).
+        """,
+    ),
+    "Learning rate": (
+        "lr lr_suggest lr_iters lr_scale lr_high lr_find_on",
+        """
+        - The range test trains a copy of the network while the rate rises, by default from 1e-5 to 10. It leaves no
+          trace: a run with `--lr find` that finds x equals a run with `--lr x` to the bit.
+        - `--lr` is the largest rate of every schedule.
+        """,
+    ),
+    "Schedule": (
+        "schedule monitor patience_epochs factor min_lr threshold threshold_mode cooldown_epochs warmup_epochs "
+        "pct_start div div_final max_momentum min_momentum cycle_length cycle_mult cycle_div max_batch_size",
+        """
+        - Plateau counts as torch's `ReduceLROnPlateau` does: with `--patience-epochs 5` the sixth bad epoch in a row
+          lowers the rate.
+        - `grow_batch` grows the batch on a plateau, where `plateau` would lower the rate.
+        - On CIFAR-10 the loss must fall by 4% to count as an improvement (`--threshold 0.04`). The loss of averaged
+          weights goes on falling by a little, so a smaller threshold would hardly ever see a plateau.
+        """,
+    ),
+    "Augmentation": (
+        "augment cutout crop_padding flip mixup cutmix",
+        """
+        - `standard` crops at random from a padded image, flips it in every other epoch, and masks one square (cutout).
+        - `photo` crops at random places and scales, flips, changes colours a little, and masks one square.
+        - `none` changes nothing. A file that albumentations' `A.save` wrote is a pipeline of your own.
+        - `augment.yaml` in the run folder holds the pipeline of the run.
+        """,
+    ),
+    "Machine": (
+        "device precision compile workers threads",
+        "",
+    ),
+    "Output": (
+        "out name cache resume checkpoint_seconds cam gallery log open progress lr_find_only dry_run",
+        """
+        - `--resume` goes on from the last checkpoint. There is one at the end of each epoch, and one every
+          `--checkpoint-seconds` within an epoch. [reliability.md](reliability.md) lists what is promised.
+        """,
+    ),
+}
+REST = "Other"  # settings that no group names
+
+END = """
+## Exit status
+
+| status | meaning |
+| --- | --- |
+| 0 | the run is done |
+| 2 | bad input or a bad setting; one line on stderr names it |
+| 3 | the loss is not finite any more; the message names the epoch, the batch and the rate |
+| 130 | interrupted; the last line is the command that goes on |
+"""
+
+
+def escaped(text):
+    """`text` for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def number(value):
+    """A number as short as it can be read."""
+    return "2^32 - 1" if value == 2**32 - 1 else f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def values(field):
+    """What a setting may be, in words."""
+    from lib.config import AXES, PATHS, kind_and_words
+
+    (kind, words), low, high = kind_and_words(field.type), field.metadata["low"], field.metadata["high"]
+    if kind is bool:
+        return "on, off"
+    text = {int: "whole number", float: "number", str: "text", None: ""}[kind]
+    text = "path or name" if field.name in PATHS else text
+    if high is not None:
+        text += f", {number(low)} to {number(high)}"
+    elif low is not None:
+        text += f", at least {number(low)}"
+    text = "; ".join(filter(None, [text, ", ".join(f"`{word}`" for word in words)]))
+    return f"one or several: {text}" if field.name in (*AXES, "seeds") else text
+
+
+def default_and_meaning(field):
+    """Both as text. A default that depends on other settings stands in brackets at the end of the help."""
+    default, text = field.default, field.metadata["help"]
+    if default is None:
+        text, default = re.fullmatch(r"(.*) \((.*)\)", text).groups()
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, (int, float)):
+        default = number(default)
+    return " ".join(map(str, default)) if field.name == "seeds" else default, text
+
+
+def row(field):
+    """A line of the table: flag, values, default, meaning."""
+    from lib.config import flag_of
+
+    flags = [flag_of(field.name), *field.metadata["flags"]]
+    if field.type is bool:
+        flags.append("--no-" + flags[0][2:])
+    default, text = map(escaped, default_and_meaning(field))
+    return f"| {', '.join(f'`{flag}`' for flag in flags)} | {values(field)} | {default or 'none'} | {text} |"
+
+
+def page():
+    """The text of docs/settings.md."""
+    sys.path.insert(0, str(ROOT))
+    from lib.config import FIELDS
+
+    named = {name for names, _ in GROUPS.values() for name in names.split()}
+    groups = {**GROUPS, REST: (" ".join(name for name in FIELDS if name not in named), "")}
+    text = START
+    for heading, (names, notes) in groups.items():
+        fields = [FIELDS[name] for name in names.split() if name in FIELDS]
+        if fields:
+            text += f"\n## {heading}\n\n| flag | values | default | meaning |\n| --- | --- | --- | --- |\n"
+            text += "".join(row(field) + "\n" for field in fields)
+        if notes:
+            text += "\n" + "".join(line.removeprefix(8 * " ") + "\n" for line in notes.strip("\n ").split("\n"))
+    return text + END
+
+
+if __name__ == "__main__":
+    made = page()
+    if "--check" in sys.argv:
+        same = TARGET.exists() and TARGET.read_text(encoding="utf-8") == made
+        print(f"docs/settings.md {'holds' if same else 'differs from'} the settings of lib/config.py")
+        sys.exit(0 if same else 1)
+    TARGET.write_text(made, encoding="utf-8")
+    print(f"docs/settings.md: {made.count('| `--')} settings")

@@ -1,0 +1,192 @@
+"""README.md, docs/ and results/: their commands parse, their links lead somewhere, their numbers are in files."""
+
+import csv
+import importlib.util
+import json
+import re
+import shlex
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lib import config
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md", ROOT / "results/tried/README.md"]
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+UV = re.compile(r"^uv run((?: --(?:extra|with) \S+)*)(?: torchrun(?: --\S+ \S+)*)? ")
+
+OTHERS = ("--extra", "--help", "--signal", "--compile")  # of uv and SLURM; --compile comes with tests.benchmarks.gpu
+
+
+def ids(path):
+    return str(path.relative_to(ROOT))
+
+
+def commands(text):
+    """The command lines in a text: of its blocks without a language, joined where they go on, and of its code spans."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+        if not language:
+            yield from block.replace("\\\n", " ").split("\n")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    yield from re.findall(r"`([^`\n]+)`", prose)
+
+
+def run_by_uv(path):
+    """(program, arguments) of the commands of a page that `uv run` starts, without what a shell does around them."""
+    for line in commands(path.read_text(encoding="utf-8")):
+        line = re.sub(r"^.*?(?=uv run )", "", line.strip())
+        line = f"uv run {line}" if line.startswith("train_fastai.py") else line  # as in the table of results/README.md
+        if UV.match(line) and "$" not in line:
+            words = shlex.split(re.split(r" [>&|;]|  +", UV.sub("", line))[0])
+            yield words[0], [word for word in words[1:] if word != "…"]
+
+
+def modules():
+    """(page, module, arguments) of each `python -m lib.X` or `python -m tests.benchmarks.X` in the pages."""
+    for path in PAGES:
+        for line in commands(path.read_text(encoding="utf-8")):
+            if found := re.search(r"python -m ((?:lib|tests\.benchmarks)\.\w+)([^>|]*)", line):
+                yield ids(path), found[1], found[2]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_every_training_command_parses(path):
+    for program, arguments in run_by_uv(path):
+        if program == "train_fastai.py" and not {"-c", "--resume", "--help"} & {*arguments}:
+            assert config.variants(arguments), arguments
+
+
+def test_there_are_commands_to_check():
+    found = [program for path in PAGES for program, _ in run_by_uv(path)]
+    assert found.count("train_fastai.py") > 40 and len(list(modules())) > 20
+
+
+def test_every_module_and_its_options_exist():
+    for page, module, arguments in modules():
+        file = ROOT / (module.replace(".", "/") + ".py")
+        if module in ("tests.benchmarks.gpu",) and not file.exists():
+            continue
+        text = file.read_text(encoding="utf-8")
+        for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", arguments):
+            assert f'"{flag}"' in text, f"{page}: {module} has no {flag}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_every_flag_that_a_page_names_exists(path):
+    """In code spans that begin with a flag; flags of commands are checked above."""
+    ours = "".join(
+        file.read_text(encoding="utf-8") for file in (*ROOT.glob("lib/*.py"), *ROOT.glob("tests/benchmarks/*.py"))
+    )
+    known = {flag for name in config.FIELDS for flag in (config.flag_of(name), f"--no-{config.flag_of(name)[2:]}")}
+    for line in commands(path.read_text(encoding="utf-8")):
+        for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", line) if line.startswith("--") else ():
+            assert flag in known or f'"{flag}"' in ours or flag in OTHERS, flag
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_every_link_leads_to_a_file(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if not re.match(r"[a-z]+:", link):
+            name, _, part = link.partition("#")
+            target = (path.parent / name) if name else path
+            assert target.exists(), link
+            if part:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+                assert part in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_every_folder_of_results_that_a_page_names_exists(path):
+    for name in re.findall(r"`(results/[\w./-]+|tried/[\w./-]+)`", path.read_text(encoding="utf-8")):
+        folder = ROOT / name if name.startswith("results/") else ROOT / "results" / name
+        assert folder.exists() or name == "results/rates.json", name
+
+
+def test_settings_md_is_made_from_the_settings():
+    spec = importlib.util.spec_from_file_location("settings", ROOT / ".ci/settings.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.page() == (ROOT / "docs/settings.md").read_text(encoding="utf-8"), "run uv run .ci/settings.py"
+    assert all(f"`{config.flag_of(name)}`" in script.page() for name in config.FIELDS)
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150 and len(README.encode()) <= 9000
+
+
+def rows_of(text, header):
+    """The rows of the Markdown table whose header begins with `header`, as lists of cells."""
+    lines = text[text.index(header) :].split("\n\n")[0].split("\n")
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+def summaries(folder):
+    """The summaries of a run folder, or of the runs of a comparison."""
+    files = (
+        [folder / "summary.json"] if (folder / "summary.json").exists() else sorted(folder.glob("*-s*/summary.json"))
+    )
+    return [json.loads(file.read_text()) for file in files]
+
+
+def spread(values):
+    """'mean ± standard deviation' as README writes it; of one value itself."""
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+@pytest.mark.parametrize("row", rows_of(README, "| run |"), ids=lambda row: row[0])
+def test_the_results_in_readme_are_those_of_the_files(row):
+    """Accuracy, number of runs, and minutes, from the run folders that the row links to."""
+    run, accuracy, n, minutes, _, _ = row
+    found = [s for link in re.findall(r"\]\(([^)]+)\)", run) for s in summaries(ROOT / link)]
+    key = "tta_test_acc" if "mirror" in run else "test_acc"
+    assert accuracy == spread([s[key] for s in found]) and int(n) == len(found)
+    times = [s["train_seconds"] / 60 for s in found]
+    known = {f"{t:.0f}" for t in [statistics.mean(times), *times]} | {f"{statistics.mean(times):.1f}"}
+    assert {*minutes.split(", ")} <= known
+
+
+def test_the_speeds_in_the_docs_are_those_of_the_files():
+    """Images a second of stock fastai, this project and the ceiling, rounded; README's row too."""
+    rows = {row[0]: row[1:] for row in rows_of((ROOT / "docs/speed.md").read_text(encoding="utf-8"), "| | `medium`")}
+    files = [re.search(r"\(\.\./(.*)\)", cell)[1] for cell in rows["file"]]
+    for i, file in enumerate(files):
+        speed = json.loads((ROOT / file).read_text())["images_per_second"]
+        for name, key in (("stock fastai", "stock"), ("this project", "ours"), ("the ceiling", "ceiling")):
+            assert rows[name][i] == f"{speed[key]:.0f}"
+    speed = json.loads((ROOT / "results/speed.json").read_text())["images_per_second"]
+    assert f"| {speed['stock']:.0f} | {speed['ours']:.0f} (" in README
+
+
+def test_the_differences_in_the_lecture_are_those_of_its_tables():
+    """Each '± 95% interval' of docs/lecture.md stands, rounded, in a comparison.md of results/lecture/."""
+    known = {(0.007, 0.009), (0.006, 0.015), (618, 5)}  # deviations of train - test (below), and of one-cycle-12/before
+    for file in ROOT.glob("results/lecture/*/comparison.md"):
+        for mean, half in re.findall(r"[+-](0\.\d{4}) ± (0\.\d{4})", file.read_text(encoding="utf-8")):
+            known |= {(round(float(mean), k), round(float(half), k)) for k in (3, 4)}
+    found = re.findall(r"([\d.]+) ± ([\d.]+\d|\d)", (ROOT / "docs/lecture.md").read_text(encoding="utf-8"))
+    assert len(found) >= 12
+    for mean, half in found:
+        assert any(abs(a - float(mean)) < 6e-4 and abs(b - float(half)) < 6e-4 for a, b in known), (mean, half)
+
+
+def test_the_gap_of_train_and_test_in_the_lecture_is_that_of_its_runs():
+    with open(ROOT / "results/lecture/optimizers/comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    text = " ".join((ROOT / "docs/lecture.md").read_text(encoding="utf-8").split())
+    for name in ("sgd", "adam"):
+        gaps = [float(r["last_train_acc"]) - float(r["last_test_acc"]) for r in rows if r["variant"] == name]
+        mean, deviation = statistics.mean(gaps), statistics.stdev(gaps)
+        assert re.search(rf"{mean:.3f} ± {deviation:.3f} for {name}", text), (name, mean, deviation)
+
+
+def test_pages_name_no_path_of_one_machine():
+    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in tracked:
+        assert not re.search(r"(?<![\w.~$])/(?:root|home|work|tmp)/", (ROOT / name).read_text(encoding="utf-8")), name
