@@ -23,6 +23,13 @@ from train_fastai import main
 SMALL = ("--size", 16, "--model", "small", "-b", 8, "--epochs", 1, "--lr", 0.05, "--gallery", 2)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` are skipped where there is no such device."""
+    for item in items if not torch.cuda.is_available() else ():
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """Two threads in every test, whatever a run in the one before asked for."""

@@ -1,11 +1,13 @@
 """--compile: the same training, through torch.compile."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastai.callback.core import Callback
 
+from lib import data, models, train
 from lib.cli import BadInput
 from lib.train import compiled
 from lib.train.schedules import fit
@@ -49,7 +51,8 @@ def test_steps_alone_are_compiled_and_it_ends_with_the_fit(make, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     config, learn = make("--epochs", 1, "--compile")
     fit(learn, config, 0.05)
-    assert calls == [True] * len(learn.dls.train) and learn.compiled is None
+    n = len(learn.dls.train.dataset)
+    assert n % 16 and calls == [True] * (n // 16) and learn.compiled is None  # the rest would be compiled for itself
     assert modes == [dict(mode=None, dynamic=False)]
     assert fingerprint(learn.model.state_dict()) == fingerprint(plain[1].model.state_dict())
 
@@ -58,8 +61,33 @@ def test_what_it_needs_is_one_line(make, monkeypatch):
     with pytest.raises(BadInput, match="bf16 on a CPU to nan; pass --precision float32"):
         make("--compile", precision="bf16")
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    with pytest.raises(BadInput, match="--compile: needs a C\\+\\+ compiler"):
+    with pytest.raises(BadInput, match="--compile: needs a compiler, such as Debian's g\\+\\+"):
         make("--compile")
     monkeypatch.setattr(compiled, "launched", lambda: True)
     with pytest.raises(BadInput, match="works in one process"):
         make("--compile")
+
+
+def test_graphs_are_for_a_gpu_and_for_steps_of_one_batch(make, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: modes.append(options["mode"]) or model)
+    for device, accumulate in (("cpu", 1), ("cuda", 1), ("cuda", 2)):
+        callback = compiled.Compile()
+        callback.learn = SimpleNamespace(device=torch.device(device), accumulate=accumulate, model=None)
+        callback.before_fit()
+    assert modes == [None, "reduce-overhead", None]
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_a_gpus_graphs_train_as_the_plain_model_does(bands, parse):
+    """In float32 the losses of 14 steps are apart by rounding, which training makes larger."""
+    found = []
+    for flags in ([], ["--compile"]):
+        settings = parse("--data", bands, "--size", 32, "--model", "small", "-b", 16, "--epochs", 2, *flags)
+        dls = data.get_dls(settings, "cuda")
+        torch.manual_seed(0)
+        learn = train.build(settings, dls, models.build("small", len(dls.vocab), images=dls.train.plain()[0]))
+        fit(learn, settings, 0.05)
+        found.append([row["train_loss"] for row in learn.recorder.rows])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

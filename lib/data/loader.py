@@ -4,6 +4,7 @@ import os
 import random
 import unicodedata
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from lib.data.decode import batch_size, centre
 from lib.data.folders import find_images, find_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
+from lib.data.transfer import copied_beside
 from lib.machine import on_this_machine
 from lib.runs import read_card
 
@@ -148,11 +150,11 @@ class StoreDL(TfmdDL):
         with torch.random.fork_rng([]):  # worker processes are seeded from it
             torch.default_generator.manual_seed(self.seed * 2**32 + self.epoch)
             batches = iter(_loaders[self.fake_l.num_workers == 0](self.fake_l))
+        beside = self.pin_memory and getattr(self.device, "type", "") == "cuda"
+        copy = partial(copied_beside, stream=torch.cuda.Stream(self.device)) if beside else to_device
         for batch in batches:
             batch = tuple(batch) if type(batch) is list else batch  # as pinned memory has it
-            if self.device is not None:
-                batch = to_device(batch, self.device, non_blocking=self.pin_memory)
-            yield self.after_batch(batch)
+            yield self.after_batch(batch if self.device is None else copy(batch, self.device))
         self.after_iter()
         self.epoch += self.shuffle
 
@@ -309,11 +311,14 @@ def get_dls(config, device="cpu"):
         dl_type=StoreDL,
     )
     device, workers = torch.device(device), config.workers
+    evaluation = {}
     if workers == "auto":
         workers = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // on_this_machine()))
+        evaluation["num_workers"] = 0  # to copy pixels from the store takes less time than to start processes
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
     options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))
     options |= dict(store=store, seed=config.seed, item_tfms=item_tfms)  # StoreDL's own
+    options["dl_kwargs"] = [{}, evaluation, evaluation]
     dls = block.dataloaders(root, **options)  # without the path of the data: what a learner saves is no part of it
     dls.test, dls.store, dls.mean, dls.std, dls.augment = dls[2], store, mean, std, augment
     dls.unlabelled = unlabelled(root)

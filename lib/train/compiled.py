@@ -5,22 +5,33 @@ import shutil
 
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import find_bs
 
 from lib.cli import BadInput
 from lib.machine import launched
 
+COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}  # of torch.compile: inductor, triton
+
 
 class Compile(Callback):
-    """Has forward and backward passes of training run compiled; on CUDA as graphs, so that a step is one launch."""
+    """Has forward and backward passes of training run compiled; on CUDA as graphs, so that a step is few launches.
 
-    order, train_only = 90, True
+    The last batch of an epoch, where it is smaller, takes the plain model: to compile for it would cost another minute.
+    """
+
+    order, train_only = 90, True  # after what changes the images of a batch
 
     def before_fit(self):
-        mode = "reduce-overhead" if self.learn.device.type == "cuda" else None
-        self.learn.compiled = torch.compile(self.learn.model, mode=mode, dynamic=False)
+        # gradients that are added up over batches must outlive the graph that made them
+        graphs = self.learn.device.type == "cuda" and self.learn.accumulate == 1
+        self.network = torch.compile(self.learn.model, mode="reduce-overhead" if graphs else None, dynamic=False)
+
+    def before_batch(self):
+        if self.training:
+            self.learn.compiled = self.network if find_bs(self.xb) == getattr(self.dl, "bs", None) else None
 
     def after_fit(self):
-        self.learn.compiled = None
+        self.network = self.learn.compiled = None
 
 
 def check_compiler(device, precision):
@@ -29,5 +40,6 @@ def check_compiler(device, precision):
         raise BadInput("--compile: works in one process; leave it out under torchrun")
     if device.type == "cpu" and precision == "bf16":
         raise BadInput("--compile: torch 2.15 compiles bf16 on a CPU to nan; pass --precision float32, or leave it out")
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise BadInput("--compile: needs a C++ compiler on a CPU, such as Debian's g++; install one, or leave it out")
+    variable, *names = COMPILERS.get(device.type, ("CC", "cc"))
+    if not any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
+        raise BadInput(f"--compile: needs a compiler, such as Debian's {names[0]}; install one, or leave it out")

@@ -15,6 +15,7 @@ from fastai.callback.core import (
     CancelStepException,
     _inner_loop,
 )
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
@@ -52,6 +53,24 @@ REFUSED = {
     "DistributedTrainer": TORCHRUN,
     "ParallelTrainer": TORCHRUN,
 }  # fastai's callbacks that could have no effect here -> what to do instead
+
+
+class Unscale(Callback):
+    """Divides the gradients of fp16 by the loss's scale: after what may cancel a step, before what looks at them.
+
+    It has the place of fastai's MixedPrecision, and its name: there fastai's `load_learner` calls `to_fp32` on a CPU.
+    """
+
+    order, name, done = MixedPrecision.order, "mixed_precision", False
+
+    def before_step(self):
+        self.learn.scaler.unscale_(self.learn.torchs_optimizer)
+        self.done = True
+
+    def after_step(self):
+        if self.done:  # else the step was cancelled before
+            self.learn.scaler.update()
+        self.done = False
 
 
 class SGDLearner(Looks):
@@ -118,7 +137,8 @@ class SGDLearner(Looks):
             raise ValueError(f"precision must be float32 or bf16, or fp16 on a CUDA device, not {precision!r}")
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler("cuda", **scaler) if precision == "fp16" else None
-        return self
+        self.remove_cb(Unscale)
+        return self.add_cb(Unscale) if self.scaler else self
 
     def to_fp16(self, **kwargs):
         return self.set_precision("fp16", **kwargs)
@@ -168,8 +188,8 @@ class SGDLearner(Looks):
 
     def _do_one_batch(self):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            instead = [network for network in (self.compiled, self.parallel) if self.training and network is not None]
-            self.pred = (instead or [self.model])[0](*self.xb)
+            instead = self.compiled if self.parallel is None else self.parallel
+            self.pred = (self.model if instead is None or not self.training else instead)(*self.xb)
         if self.dtype is not torch.float32:
             self.pred = to_float(self.pred)
         self("after_pred")
@@ -191,11 +211,7 @@ class SGDLearner(Looks):
             self.loss_grad = self.loss_grad / min(self.accumulate, self.n_iter - first)
         self._with_events(self._backward, "backward", CancelBackwardException)
         if self.updates_after(self.iter):
-            if self.scaler:
-                self.scaler.unscale_(self.torchs_optimizer)  # callbacks see true gradients
             self._with_events(self._step, "step", CancelStepException)
-            if self.scaler:
-                self.scaler.update()
             self.opt.zero_grad()
 
     def _backward(self):

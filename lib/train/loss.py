@@ -31,6 +31,7 @@ class TrainingLoss(CrossEntropyLossFlat):
             return cross_entropy(pred, target, reduction=reduction)
         if self.weight is None:
             return super().__call__(pred, target, **kwargs)
-        weights = self.weight.to(pred.device)[target]
+        self.weight = self.weight.to(pred.device)
+        weights = self.weight[target]
         losses = weights * cross_entropy(pred, target, reduction="none", label_smoothing=self.func.label_smoothing)
         return losses if reduction == "none" else losses.sum() / (weights.sum() if reduction == "mean" else 1)

@@ -49,13 +49,21 @@ class SmoothLoss(AvgSmoothLoss):
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 
+class MeanLoss(AvgLoss):
+    """fastai's mean of the loss. It stays on the device, so no batch waits for it."""
+
+    def accumulate(self, learn):
+        n = find_bs(learn.yb)
+        self.total, self.count = self.total + learn.loss.detach().mean() * n, self.count + n
+
+
 class Evaluation(Callback):
     """Loss, accuracy and metrics of one pass over a set."""
 
     order = 50
 
     def __init__(self, metrics):
-        self.scores = [AvgLoss(), *metrics]
+        self.scores = [MeanLoss(), *metrics]
         self.before_validate()
 
     def before_validate(self):
@@ -168,8 +176,8 @@ class EpochRecorder(Recorder):
         if not self.pending:
             return
         batches, lrs, sizes, losses, correct = zip(*self.pending)
-        if self.losses[-1].is_cuda:
-            self.losses = [*torch.stack(self.losses).cpu()]
+        recent = slice(-len(self.pending), None)
+        self.losses[recent] = torch.stack(self.losses[recent]).cpu()
         sizes, losses = torch.tensor(sizes, dtype=torch.float64), torch.stack(losses).cpu().double()
         sums = torch.stack([losses * sizes, torch.stack(correct).cpu().double() * (sizes > 0), sizes])
         if self.learn.parallel:
