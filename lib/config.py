@@ -22,7 +22,7 @@ MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
 MONITORS = ("valid_loss", "valid_acc", "macro_f1", "train_loss", "train_acc")
 KEEP = ("valid_acc", "valid_loss", "macro_f1")
 CAMS = ("gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam")
-SUGGESTIONS = ("valley", "steep", "minimum", "slide")
+SUGGESTIONS = ("sixth", "valley", "steep", "minimum", "slide")  # ours, and fastai's
 SCHEDULES = ("plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch")
 ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend on how many epochs there will be
 
@@ -85,7 +85,7 @@ class Config:
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
     valid_pct: float = option(0.1, "share of training images held out to choose with; 0: test chooses", low=0, high=0.9)
     lr: float | Literal["find"] = option("find", "learning rate: a number, or find (range test)", low=1e-12)
-    lr_suggest: Literal[*SUGGESTIONS] = option("steep", "which suggestion of the range test is used")
+    lr_suggest: Literal[*SUGGESTIONS] = option("sixth", "which suggestion of the range test is used")
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
     lr_scale: Literal["exponential", "linear"] = option("exponential", "how the rates of the range test rise")
     lr_high: float = option(None, "last rate of the range test (exponential 10, linear 0.2)", low=1e-4)

@@ -10,7 +10,7 @@ from fastai.callback import schedule as fastai_schedule
 from lib import cli, config, machine
 from lib.data import sources
 from lib.models import zoo
-from lib.train import schedules
+from lib.train import lr_range, schedules
 from train_fastai import main
 
 
@@ -172,4 +172,6 @@ def test_choices_are_the_registries():
     assert set(config.MODELS) == set(zoo.MODELS)
     assert set(config.SCHEDULES) == set(schedules.SCHEDULES)
     assert set(config.SOURCES) == set(sources.SOURCES)
-    assert all(callable(getattr(fastai_schedule, name)) for name in config.SUGGESTIONS)
+    assert set(config.SUGGESTIONS) == set(lr_range.RULES)
+    theirs = {name for name, rule in lr_range.RULES.items() if rule is getattr(fastai_schedule, name, None)}
+    assert theirs == {"valley", "steep", "minimum", "slide"}

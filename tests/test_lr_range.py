@@ -122,12 +122,15 @@ FALLING = lambda x: 2.3 - 1.2 / (1 + np.exp(-6 * (x + 2))) + 5 * np.maximum(x + 
 def test_the_steepest_point_is_where_it_is():
     """Trap 10: a moving average moves it from 7e-3 to 2.6e-2; a centred window leaves it."""
     lrs, losses = curve(FALLING)
-    smooth = lr_range.smoothed(losses, 100 * lr_range.SMOOTHING)
-    lr_range.check_fall(losses, smooth)
-    found = lr_range.RangeTest(lrs, losses, smooth, 1, 100).suggestions
+    test = lr_range.measured(lrs, losses, 1, 100)
+    lr_range.check_fall(test)
+    found = test.suggestions
     assert 5e-3 < found["steep"] < 2e-2
     assert 0.005 < found["minimum"] < 0.06  # a tenth of where the loss is least
-    assert set(found) == {"valley", "steep", "minimum", "slide"} and all(1e-5 <= lr <= 10 for lr in found.values())
+    assert found["sixth"] == pytest.approx(found["minimum"] * 10 / 6)
+    assert set(found) == {"sixth", "valley", "steep", "minimum", "slide"} and all(
+        1e-5 <= lr <= 10 for lr in found.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,9 +139,35 @@ def test_the_steepest_point_is_where_it_is():
     ids=["flat", "rising", "nan"],
 )
 def test_a_curve_without_a_fall_is_refused(of):
-    _, losses = curve(of)
     with pytest.raises(BadInput, match="--lr"):
-        lr_range.check_fall(losses, lr_range.smoothed(losses, 4))
+        lr_range.check_fall(lr_range.measured(*curve(of), 1, 100))
+
+
+@pytest.mark.parametrize("noise, said", [(0.01, False), (0.9, True)])
+def test_a_noisy_curve_says_so(make, tmp_path, monkeypatch, capsys, noise, said):
+    """The fall of the curve, about 1.1, is little against a noise of 0.9."""
+    from lib.explain import evaluate
+
+    lrs = np.geomspace(1e-5, 10, 100)
+    losses = FALLING(np.log10(lrs)).clip(0, 4) + np.random.default_rng(0).normal(0, noise, 100)
+    test = lr_range.measured(lrs, losses, 1, 100)
+    assert (test.fall < 3 * test.noise) is said and test.noise == pytest.approx(noise, abs=0.2)
+
+    class Folder:
+        path = tmp_path
+
+        def __truediv__(self, name):
+            return tmp_path / name
+
+        def note(self, **facts):
+            self.facts = facts
+
+    config, learn = make()
+    monkeypatch.setattr(evaluate.lr_range, "find", lambda *args, **kwargs: test)
+    run = Folder()
+    lr, _ = evaluate.range_test(learn, config, run)
+    assert lr == run.facts["lr_suggestions"]["sixth"]
+    assert ("is little against its noise" in capsys.readouterr().out) is said
 
 
 def test_a_model_that_cannot_learn_ends_in_status_2(bands, cache, tmp_path, capsys, monkeypatch):

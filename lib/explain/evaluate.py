@@ -24,6 +24,7 @@ from lib.train import lr_range
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 CHOSEN_BY = {"valid_acc": "accuracy", "valid_loss": "loss", "macro_f1": "macro-F1"}
+NOISY = 3  # times its noise is the fall of a range test that can be trusted
 MAP_SIDE = 32  # of the maps in gallery.json
 
 
@@ -146,6 +147,12 @@ def range_test(learn, config, run):
     lr, rates = suggestions[config.lr_suggest], ", ".join(f"{name} {rate:.3g}" for name, rate in suggestions.items())
     passes = f", in {test.epochs} passes over the training images" if test.epochs > 1 else ""
     print(f"range test: {len(test.lrs)} batches{passes}: {rates}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
+    if test.fall < NOISY * test.noise:
+        print(
+            f"range test: its fall, {test.fall:.2g}, is little against its noise, {test.noise:.2g}: the rate is a "
+            "rough guess; more --lr-iters or --lr with a number make it surer",
+            flush=True,
+        )
     run.note(lr_suggestions=suggestions)
     return lr, test.step_seconds
 

@@ -12,6 +12,7 @@ from scipy import stats
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY)
 MEANINGS = {
+    "sixth": "a sixth of the rate of the lowest loss",
     "valley": "in the middle of the longest fall",
     "steep": "where the loss falls fastest",
     "minimum": "a tenth of the rate of the lowest loss",
@@ -124,7 +125,7 @@ def lr_find(
     figure, ((ax,),) = axes(12, 5.5)
     ax.plot(lrs, losses, color=BLUE, alpha=0.35, lw=1, label="loss at each batch")
     ax.plot(lrs, smooth_losses, color=BLUE, lw=2, label="smoothed")
-    for (name, lr), colour, marker in zip(suggestions.items(), (ORANGE, GREEN, VERMILION, PURPLE), "osD^"):
+    for (name, lr), colour, marker in zip(suggestions.items(), (BLUE, ORANGE, GREEN, VERMILION, PURPLE), "PosD^"):
         y = np.interp(np.log(lr), np.log(lrs), smooth_losses)
         label, side = f"{name}: {lr:.3g}" + ("  (used)" if name == used else ""), 12 if name == used else 9
         label += f"\n  {MEANINGS[name]}" if name in MEANINGS else ""

@@ -39,8 +39,19 @@ class RangeTest:
 
     @property
     def suggestions(self):
-        """{rule: learning rate} by fastai's four rules."""
-        return {name: suggest(getattr(fastai_schedule, name), self)[0] for name in SUGGESTIONS}
+        """{rule: learning rate} by our rule and fastai's four."""
+        return {name: suggest(RULES[name], self)[0] for name in SUGGESTIONS}
+
+    @property
+    def noise(self):
+        """Standard deviation of the raw losses about the smoothed ones, up to the least of these."""
+        apart = np.where(np.isfinite(self.losses), self.losses - self.smooth_losses, np.nan)
+        return float(np.nanstd(apart[: int(self.smooth_losses.argmin()) + 1]))
+
+    @property
+    def fall(self):
+        """How far the smoothed loss falls from its first tenth to its least value."""
+        return float(self.smooth_losses[: max(len(self.losses) // 10, 3)].mean() - self.smooth_losses.min())
 
 
 class RangeTestCallback(Callback):
@@ -134,7 +145,7 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
     last = lrs[:, -1] if lrs.ndim == 2 else lrs
     test = measured(last, losses, epochs, num_it, seconds)
     look(test)
-    check_fall(test.losses, test.smooth_losses)
+    check_fall(test)
     return test
 
 
@@ -145,16 +156,25 @@ def smoothed(losses, width):
     return weight @ np.where(finite, losses, 0) / np.maximum(weight.sum(1), 1e-12)
 
 
-def check_fall(losses, smooth):
-    """Raises BadInput where the curve has no fall that stands out of its noise."""
-    head = max(len(losses) // 10, 3)
+def check_fall(test):
+    """Raises BadInput where the curve of a RangeTest has no fall that stands out of its noise."""
+    losses, smooth, head = test.losses, test.smooth_losses, max(len(test.losses) // 10, 3)
     if len(losses) < 10 or not np.isfinite(losses[:head]).all():
         raise BadInput(f"--lr find: the loss diverged at once; {REMEDY}")
-    noise = np.nanstd(np.where(np.isfinite(losses), losses - smooth, np.nan)[: int(smooth.argmin()) + 1])
     start = smooth[:head].mean()
-    if start - smooth.min() < max(0.02 * abs(start), noise):
+    if test.fall < max(0.02 * abs(start), test.noise):
         seen = f"{start:.3f} at first, {smooth.min():.3f} at best"
         raise BadInput(f"--lr find: the loss never falls in the range test ({seen}); {REMEDY}")
+
+
+def sixth(lrs, losses, num_it):
+    """A sixth of the rate of the lowest loss, in the form of fastai's rules; chosen by tests.benchmarks.rates."""
+    place = int(losses.argmin())
+    lr = float(lrs[place]) / 6
+    return lr, (lr, losses[int((lrs - lr).abs().argmin())])
+
+
+RULES = {"sixth": sixth, **{name: getattr(fastai_schedule, name) for name in SUGGESTIONS if name != "sixth"}}
 
 
 def suggest(rule, test):
