@@ -591,7 +591,7 @@ def test_any_file_of_settings_is_a_config_or_one_line(tmp_path, content):
         (["--name", "a\u202eb"], r"not 'a\u202eb'"),
         (["--\x1b[31mname", "x"], r"--\x1b[31mname"),
         (["--model", "resnet81"], "did you mean resnet18?"),
-        (["--model", "vit_b_16"], "does not take images of 16 pixels"),
+        (["--model", "vit_b_16"], "try a larger --size"),
         (["-b", str(10**30)], "--batch-size"),
         (["--lr", *map(str, range(1, 40)), "--momentum", *[f"0.{i}" for i in range(10, 50)]], "than 1,000 variants"),
         (["--config", "/dev/zero"], "more than 1,000,000 characters"),

@@ -23,7 +23,7 @@ ARGS = """--size 32 --model small --epochs 3 -b 16 --lr-iters 20 --patience-epoc
 # where a SIGKILL comes: what is called for the how-manieth time
 RANGE_TEST = [("range", n) for n in (1, 12)] + [("lr_find.csv", 1), ("lr_find.png", 1)]
 BATCHES = [("batch", n) for n in (1, 2, 4, 6, 7, 10, 12, 13, 18)]
-VALIDATION = [("evaluate", n) for n in (1, 2, 3, 6)]
+VALIDATION = [("evaluate", n) for n in (1, 2, 3, 4, 7)]  # the first is timed before training
 SAVES = [("write last.pt", n) for n in (1, 2, 7, 21)] + [("last.pt", n) for n in (1, 2, 8)]
 FILES = [("best.safetensors", 1), ("write best.safetensors", 1), ("results.csv", 1), ("write results.csv", 3)]
 REPORT = [("confusion_matrix.csv", 1), ("gallery", 1), ("gradcam.png", 1), ("write summary.json", 1)]
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_and_ends_equal_to_the_bit(at, n, whole, bands, tmp
     "at, n, number",
     [
         ("batch", 8, signal.SIGTERM),
-        ("evaluate", 3, signal.SIGINT),
+        ("evaluate", 4, signal.SIGINT),
         pytest.param("results.csv", 1, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("range", 3, signal.SIGINT, marks=pytest.mark.slow),
     ],

@@ -262,7 +262,7 @@ def test_bad_input_is_one_line_that_names_it(trained, tmp_path, capsys):
         ([run, tmp_path / "text.png"], "text.png: is no whole JPEG"),
         ([run, image, "--device", "abacus"], "--device"),
         ([run, image, "--explain", tmp_path / "text.png"], "--explain"),
-        ([run], "required: images"),
+        ([run], "or --serve alone"),
     ]
     for argv, words in cases:
         status, _, err = table(argv, capsys)

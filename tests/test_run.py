@@ -25,9 +25,10 @@ from tests.conftest import save
 from train_fastai import main
 
 ROOT = Path(__file__).parent.parent
-FILES = """args.yaml augment.yaml env.json lr_find.csv lr_find.png results.csv results.png calibration.csv classes.csv
-confusion_matrix.csv confusion_matrix.png mistakes.csv gradcam.png train_batch.png summary.json
-weights/best.safetensors weights/model.json weights/last.pt weights/last.pt.before gallery.json report.html""".split()
+FILES = """args.yaml augment.yaml doubts.csv env.json lr_find.csv lr_find.png results.csv results.png
+calibration.csv classes.csv confusion_matrix.csv confusion_matrix.png mistakes.csv gradcam.png
+train_batch.png summary.json weights/best.safetensors weights/model.json weights/last.pt
+weights/last.pt.before gallery.json report.html""".split()
 COLUMNS = "epoch,seconds,lr,momentum,batch_size,train_loss,train_acc,valid_loss,valid_acc,test_loss,test_acc"
 CIFAR = ROOT / "../shared/data/cifar10.tgz"
 

@@ -6,7 +6,7 @@ FOLDER holds CIFAR-10 as train/ and test/. Every task trains a short fixed budge
 falls) at each rate of a grid, a factor of 2 apart, with 3 seeds, and is judged on images it does not train on. It also
 runs the range test with 5 other seeds. The regret of a rule is the best mean accuracy of the grid less that at the
 suggested rate, on a line between its neighbours in the grid. A rate that diverges, or lies above the grid, counts as
-chance. Rules are made on the tasks that do not say `apart`. What is finished is kept in the file, and not run again;
+chance; one below it as the least rate. Rules are made on the tasks that do not say `apart`. What is finished is kept in the file, and not run again;
 the rules are worked out anew from the curves in it each time.
 """
 
@@ -250,7 +250,7 @@ def draw(done, found, rule):
     """A panel a task: accuracy over the rate, and where the rules' suggestions lie; `rule` is the default."""
     tasks = list(found[rule])
     figure = Figure(figsize=(16, 3.1 * math.ceil(len(tasks) / 4)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(tasks) / 4), 4, squeeze=False).flat
+    panels = list(figure.subplots(math.ceil(len(tasks) / 4), 4, squeeze=False).flat)
     for ax, name in zip(panels, tasks):
         accuracies = grid(done[name])
         ax.semilogx(list(accuracies), list(accuracies.values()), "k.-", lw=1)
@@ -260,7 +260,7 @@ def draw(done, found, rule):
                     transform=ax.get_xaxis_transform())  # fmt: skip
         ax.set_title(name + (" (apart)" if done[name]["apart"] else ""), fontsize=10)
         ax.grid(alpha=0.3)
-    for ax in list(panels)[len(tasks) :]:
+    for ax in panels[len(tasks) :]:
         ax.set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("Accuracy after a short training at each rate (mean of 3 seeds), and what 5 range tests suggest")
