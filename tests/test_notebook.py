@@ -47,8 +47,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys, par
             exec(last, names)
     out = capsys.readouterr().out
     assert len(names["learn"].recorder.rows) == 1 and shown[-2]["epoch"] == 1  # fit_one_cycle's
-    assert sum(isinstance(s, Figure) for s in shown) == 3  # range test, curves, mistakes
-    assert names["best"].epoch_number in (1, 2, 3) and "epoch 3/3" in out and f"{names['accuracy']:.4f}" in out
+    assert sum(isinstance(s, Figure) for s in shown) == 2  # curves, mistakes
+    assert names["best"].epoch_number in (1, 2, 3) and "epoch 3/3" in out and f"{names['right']:.4f}" in out
     assert 0 < len(names["wrong"]) <= 6 and all(row["truth"] != row["prediction"] for row in names["wrong"])
     assert names["probabilities"].shape == (4, 10) and len(names["classes"]) == 4
     assert (tmp_path / "runs/notebook/summary.json").exists()

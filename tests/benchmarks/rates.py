@@ -6,7 +6,8 @@ FOLDER holds CIFAR-10 as train/ and test/. Every task trains a short fixed budge
 falls) at each rate of a grid, a factor of 2 apart, with 3 seeds, and is judged on images it does not train on. It also
 runs the range test with 5 other seeds. The regret of a rule is the best mean accuracy of the grid less that at the
 suggested rate, on a line between its neighbours in the grid. A rate that diverges, or lies above the grid, counts as
-chance; one below it as the least rate. Rules are made on the tasks that do not say `apart`. What is finished is kept in the file, and not run again;
+chance; one below it as the least rate. Rules are made on the tasks that do not say `apart`. What is finished is kept in
+the file, and not run again;
 the rules are worked out anew from the curves in it each time.
 """
 
