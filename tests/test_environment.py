@@ -37,7 +37,7 @@ def test_the_two_files_agree_pin_by_pin():
     assert all(re.search(r"==\d", line) for line in PINS + EXTRAS)
     assert ENVIRONMENT["channels"] == ["conda-forge", "nodefaults"]
     python = next(d for d in ENVIRONMENT["dependencies"] if str(d).startswith("python"))
-    assert python == "python=3.11" and PYPROJECT["project"]["requires-python"] == ">=3.11"
+    assert python == "python=3.11" and PYPROJECT["project"]["requires-python"] == ">=3.11,<3.12"
 
 
 def versions(lines):
