@@ -100,12 +100,8 @@ class SGDLearner(Looks):
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
-        self.mom, self.accumulate, self.parallel, self.scaler = (
-            mom if opt_func is None else None,
-            accumulate,
-            None,
-            None,
-        )
+        self.mom = mom if opt_func is None else None
+        self.accumulate, self.parallel, self.scaler = accumulate, None, None
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback puts back one that was cut short
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -254,6 +250,8 @@ class SGDLearner(Looks):
             self.recorder.record_test(evaluation.values[0], evaluation.accuracy)
 
     def _do_fit(self):
+        if self.first_epoch and (bar := getattr(getattr(self, "progress", None), "mbar", None)):
+            bar.update(0)  # fastprogress fails where its first number is another
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
