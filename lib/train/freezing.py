@@ -33,12 +33,19 @@ class Hold(Callback):
         self,
         parameters,  # those that stay
         first_epoch,  # the first epoch in which they do, counted from 0 over all fits
+        drop=False,  # whether gradients are computed and dropped: a compiled step stays as it is, which saves a minute
     ):
-        self.parameters, self.first_epoch, self.held = list(parameters), first_epoch, []
+        self.parameters, self.first_epoch, self.drop, self.held = list(parameters), first_epoch, drop, []
 
     def before_train(self):
-        if self.learn.epochs_trained >= self.first_epoch:
+        self.holds = self.learn.epochs_trained >= self.first_epoch
+        if self.holds and not self.drop:
             self.held += [p.requires_grad_(False) for p in self.parameters if p.requires_grad]
+
+    def before_step(self):
+        if self.holds and self.drop:
+            for p in self.parameters:
+                p.grad = None
 
     def after_fit(self):
         for p in self.held:

@@ -320,7 +320,7 @@ def build(config, dls, model, precision="float32", cbs=None):
     if config.freeze_epochs:
         cbs.append(Freeze(config.freeze_epochs))
     if early := getattr(model, "early", []):
-        cbs.append(Hold(early, EARLY_EPOCHS))
+        cbs.append(Hold(early, EARLY_EPOCHS, drop=config.compile))
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))
