@@ -1,8 +1,13 @@
 """The path of a GPU, as far as it can be tested without one; tests/benchmarks/gpu.py has what needs one."""
 
 import contextlib
+import importlib.util
+import json
+import re
+import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from lib import data, models, train
 from lib.data import loader, transfer
 from lib.train import learner, recorder, schedules
 from lib.train.learner import Unscale
+from tests.benchmarks import gpu, gpu_wheels
 from tests.conftest import fingerprint
 
 
@@ -211,3 +217,29 @@ def test_half_precision_of_a_gpu_is_float32_on_a_cpu(make, tmp_path):
     loaded.model.stem[0].register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
     loaded.predict(learn.dls.store.paths[0])
     assert set(kinds) == {torch.float32}
+
+
+def test_a_check_that_fails_is_recorded_and_what_does_not_fit_is_skipped(tmp_path):
+    bench = SimpleNamespace(end=time.monotonic() + 60, rehearse=False)
+    failed = gpu.check(bench, lambda bench: 1 / 0, 5)
+    assert failed["status"] == "failed" and failed["reason"].startswith("ZeroDivisionError: division by zero (test_gpu")
+    skipped = gpu.check(bench, lambda bench: {}, 90)
+    assert skipped["status"] == "skipped" and re.match("needs about 90 s, (59|60) are left", skipped["reason"])
+    ok = gpu.check(bench, lambda bench: {"apart": 1 / 3, "top": {"left": "out"}}, 5)
+    parts = {"right": {"one": failed, "two": skipped, "three": ok}}
+    machine = {"torch": "2", "cuda": None, "python": "3", "cpu_count": 2}
+    gpu.write(tmp_path, {"card": "A card", "command": "x", "machine": machine, "parts": parts})
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["right"]["three"]["apart"] == 1 / 3
+    table = (tmp_path / "README.md").read_text()
+    assert "| right | three | ok | 0.0 | apart: 0.3333 |" in table and "cut off before its end" in table
+
+
+def test_the_wheels_are_those_that_are_pinned():
+    names = gpu_wheels.LACKED.split()
+    pins = gpu_wheels.pins()
+    assert names == sorted(set(names)) and not set(names) - set(pins) and set(gpu_wheels.SOURCES) < set(names)
+    assert not set(names) & set(gpu_wheels.BASE.split())
+    modules = {"opencv-python-headless": "cv2", "grad-cam": "pytorch_grad_cam", "plum-dispatch": "plum"}
+    modules |= {"python-fasthtml": "fasthtml"}
+    for name in names:
+        assert importlib.util.find_spec(modules.get(name, name.replace("-", "_"))), name
