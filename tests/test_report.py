@@ -53,7 +53,7 @@ def run_folder(path, classes=("cat", "dog", "frog"), epochs=6, finished=True, si
     env = dict(python="3.11", gpus=[], command="train_fastai.py --data <b>", commit="0123456789abcdef+", device="cpu")
     env |= dict(device_name="a chip", precision="float32", threads=2, size=side, images=dict(train=9, valid=1, test=90))
     env |= dict(classes=list(classes), chosen_on="valid", params=1234, data_fingerprint="f", lr=0.1)
-    env["lr_suggestions"] = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
+    env["lr_suggestions"] = dict(sixth=0.1, valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
     (path / "env.json").write_text(json.dumps(env))
     lrs = np.geomspace(1e-5, 10, 50)
     losses = 2.3 - np.exp(-(np.log10(lrs) ** 2)) + np.where(lrs > 5, np.inf, 0)
@@ -423,7 +423,7 @@ def test_curves_are_read_by_pointer_and_by_keys(page, tmp_path):
         page.key(key)
     assert page.js(read)[2].startswith("epoch 3lr 0.1")
     assert page.js("document.activeElement.getAttribute('aria-valuetext')").startswith("epoch 3train 0.7000")
-    assert "steep 0.1 (used)" in page.js(read)[3] and page.js("document.querySelectorAll('.dot').length") == 5
+    assert "sixth 0.1 (used)" in page.js(read)[3] and page.js("document.querySelectorAll('.dot').length") == 6
     page.js("document.querySelectorAll('.chart svg')[3].focus()")
     page.key("End")
     assert "learning rate 10each batch –" in page.js(read)[3]  # where it was infinite
