@@ -106,7 +106,7 @@ def test_every_link_leads_to_a_file(path):
 def test_every_folder_of_results_that_a_page_names_exists(path):
     for name in re.findall(r"`(results/[\w./-]+|tried/[\w./-]+)`", path.read_text(encoding="utf-8")):
         folder = ROOT / name if name.startswith("results/") else ROOT / "results" / name
-        assert folder.exists() or name == "results/rates.json", name
+        assert folder.exists(), name
 
 
 def test_settings_md_is_made_from_the_settings():
