@@ -20,7 +20,7 @@ PAGES = sorted(
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 UV = re.compile(r"^uv run((?: --(?:extra|with) \S+)*)(?: torchrun(?: --\S+ \S+)*)? ")
 
-OTHERS = ("--extra", "--help", "--signal", "--compile")  # of uv and SLURM; --compile comes with tests.benchmarks.gpu
+OTHERS = ("--extra", "--help", "--signal")  # of uv and SLURM
 
 
 def ids(path):

@@ -17,7 +17,7 @@ from lib.train import learner
 from lib.train.optimizers import undecayed
 from train_fastai import main
 
-SIDES = {"inception_v3": 96, "maxvit_t": 224}  # of networks that take no 64 x 64 pixels
+SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 128, "vit_l_32": 128, "vit_h_14": 70}  # where 64 is none
 ALL = torchvisions.list_models(module=torchvisions)
 TIMM = {"timm/vit_tiny_patch16_224": 64, "timm/swin_tiny_patch4_window7_224": 64, "timm/convnext_atto": 64}
 
