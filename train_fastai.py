@@ -65,9 +65,9 @@ def train(config, tested=None):
         asked, config = config, dataclasses.replace(config, batch_size=dls.train.bs)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
-        side = models.smallest_side(model, config, dls.store.size)  # what cannot be explained is not trained
+        models.cam_layer(model, dls.store.size)  # what cannot be explained is not trained
         sizes = lecture.batch_sizes(config)
-        models.check_batches(model, config, sizes, len(dls.train.ids), side, ranks.world())
+        models.check_batches(model, config, sizes, len(dls.train.ids), dls.store.size, ranks.world())
         learn = training.build(config, dls, model, computer.precision)
         facts = runs.facts(config, dls, model, computer)
         if config.dry_run:
@@ -96,7 +96,7 @@ def begin(learn, config, run, facts, past, tested):
         run.save_augmentation(augment.saved(learn.dls.augment))
         card = models.card(config.model, learn.dls, RESIZE_RULE, config.flip)
         run.save_model_card({**card, "levels": learn.dls.store.levels})
-        evaluate.save_train_batch(learn, config, run)
+        evaluate.save_train_batch(learn, run)
         lr, step = config.lr, None
         if lr == "find":
             lr, step = evaluate.same_test(run, tested) if tested else evaluate.range_test(learn, config, run)
@@ -116,7 +116,7 @@ def fit(learn, config, run, past, lr, start):
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
 
-    best = averaging.KeepBest(run.save_weights, config.small_epochs, config.keep)
+    best = averaging.KeepBest(run.save_weights, config.keep)
     saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
     lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
     learn.add_cbs([best, saved, *lines, *ranks.callbacks()])

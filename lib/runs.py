@@ -268,13 +268,12 @@ def banner(config, facts, where):
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
     if "levels" in facts:
         images += "; of more than 8 bits, {:g} is black and {:g} white".format(*facts["levels"])
-    side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
+    side, classes = facts["size"], facts["classes"]
     names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
-    at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
-        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels{at_first}\n"
+        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )

@@ -11,7 +11,6 @@ from lib.train import checkpoint, recorder
 from train_fastai import main
 
 ARGS = "--size 32 --model small --epochs 4 --lr 0.05 -b 16 --patience-epochs 0 --threshold 0.5 --gallery 2".split()
-ARGS += ["--small-epochs", "1"]
 COMPARED = ("weights/best.safetensors", "mistakes.csv", "confusion_matrix.csv")
 
 

@@ -120,14 +120,11 @@ def save_gallery(run, rows, images, why, where):
     )
 
 
-def save_train_batch(learn, config, run, most=32):
+def save_train_batch(learn, run, most=32):
     """Writes train_batch.png: the first images of training as augmentation feeds them to the network."""
     dl = learn.dls.train
     x, y = dl.make_batch(dl.get_idxs()[:most])
     title = "What the network is fed: the first training images, augmented"
-    if config.small_epochs:
-        side = models.small_side(learn.dls.store.size)
-        title += f"\n(until epoch {config.small_epochs} at {side} x {side} pixels)"
     labels = [learn.dls.vocab[int(i)] for i in y]
     write_figure(run / "train_batch.png", plots.train_batch(x.permute(0, 2, 3, 1).numpy(), labels, title))
 
@@ -202,9 +199,8 @@ def rates_of(learn, rows):
 
 def save_results(learn, config, run, rows, best_epoch, title):
     """Writes results.png."""
-    small = (config.small_epochs, models.small_side(learn.dls.store.size)) if config.small_epochs else None
     plateaus, averaged = config.schedule in ("plateau", "grow_batch"), config.ema > 0
-    options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged, small=small)
+    options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged)
     shown = (config.target, best_epoch, run.env["chosen_on"], rates_of(learn, rows))
     write_figure(run / "results.png", plots.results(rows, title, *shown, **options))
 

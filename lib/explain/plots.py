@@ -47,9 +47,8 @@ def results(
     plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
     label_smoothing=0.0,  # that the training loss has and the others have not
     averaged=False,  # whether an average of the weights was evaluated
-    small=None,  # (epochs, side): so long images were of so many pixels
 ):
-    """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus and where images grow."""
+    """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus."""
     figure, ((top,), (middle,), (bottom,)) = axes(11.5, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
     dots = "." if len(rows) < 15 else None
     for name, (colour, line) in SETS.items():
@@ -67,8 +66,8 @@ def results(
         top.plot(best_epoch, rows[best_epoch - 1]["test_acc"], "o", color=VERMILION, mec="black", ms=8, label=label)
     beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0))  # no legend lies on a curve
     middle.legend(**beside)  # the legend above names the lines that come now
-    for ax in (top, middle, bottom):
-        mark_changes(ax, rows, plateaus, small)
+    for ax in (top, middle, bottom) if plateaus else ():
+        mark_changes(ax, rows)
     noted = "\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""
     top.set_title(title + noted, parse_math=False)
     top.set(ylabel="accuracy")
@@ -82,16 +81,13 @@ def results(
     return figure
 
 
-def mark_changes(ax, rows, plateaus, small):
-    """Vertical lines where the rate fell, or the batch grew, and where images grew."""
+def mark_changes(ax, rows):
+    """Vertical lines where the rate fell, or the batch grew."""
     changed = lambda a, b: b["lr"] < a["lr"] or b.get("batch_size", 0) > a.get("batch_size", 0)
-    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if plateaus and changed(a, b)]
+    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if changed(a, b)]
     for i, cut in enumerate(cuts):
         label = None if i else "plateau: rate reduced, or batch grown"
         ax.axvline(cut, color=GREY, lw=1, ls="--", alpha=0.6, label=label)
-    if small and small[0] < len(rows):
-        label = f"before: images of {small[1]} x {small[1]} pixels"
-        ax.axvline(small[0] + 0.5, color=BLUE, lw=1.5, ls=":", label=label)
 
 
 def draw_rates(ax, rates):

@@ -168,7 +168,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
     """Raises BadInput where a batch, or a rank's part of one, is one image, and `model` cannot be trained on one.
 
     BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image. `sizes`
-    are the batch sizes that the run comes to, `n` counts the training images, whose side is `size` pixels or more.
+    are the batch sizes that the run comes to, `n` counts the training images, of `size` pixels.
     """
     leaves_one = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
     if not any(map(leaves_one, sizes)):

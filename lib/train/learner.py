@@ -30,9 +30,9 @@ from fastcore.xtras import join_path_file
 
 from lib import runs
 from lib.config import MOMENTUM
-from lib.models import small_side, split
+from lib.models import split
 from lib.train import ranks
-from lib.train.averaging import EMA, SmallImages, macro_f1
+from lib.train.averaging import EMA, macro_f1
 from lib.train.compiled import Compile, check_compiler
 from lib.train.freezing import Freeze, Hold
 from lib.train.lecture import GradNoise, balanced_order
@@ -315,8 +315,6 @@ def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for. It prints nothing by itself."""
     weight = class_weights(dls.train.labels, len(dls.vocab)) if config.class_weights else None
     cbs = list(cbs or [])
-    if config.small_epochs:
-        cbs.append(SmallImages(config.small_epochs, small_side(dls.store.size)))
     if config.freeze_epochs:
         cbs.append(Freeze(config.freeze_epochs))
     if early := getattr(model, "early", []):

@@ -17,13 +17,12 @@ from fastcore.foundation import L
 from fastcore.xtras import ContextManagers
 
 from lib.train import lr_range, ranks
-from lib.train.averaging import SmallImages
 from lib.train.randomness import preserved_generators
 from lib.train.recorder import Evaluation
 
 # fastai's callbacks that act on training or its record: looks leave them out. And those that any look needs.
 STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)
-NEEDED = (TrainEvalCallback, CastToTensor, SmallImages, ranks.DataParallel)
+NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)
 LOOP = "training epoch iter n_iter dl xb yb pred loss loss_grad pct_train train_iter n_epoch smooth_loss".split()
 
 
