@@ -28,26 +28,8 @@ RESIZE_RULE = (
 )
 END = b"\xff\xd9"  # the marker at the end of a JPEG
 GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # in place of what is missing of one it would change pixels
+large = threading.Lock()  # held where an image may take much memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
-
-
-class Lock:
-    """A lock that functions of this module can be pickled with: the copy has its own."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-
-    def __reduce__(self):
-        return Lock, ()
-
-    def __enter__(self):
-        self.lock.acquire()
-
-    def __exit__(self, *error):
-        self.lock.release()
-
-
-large = Lock()  # held where an image may take much memory
 
 
 def read(image, size, levels=None, seen=None):
