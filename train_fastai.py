@@ -7,6 +7,7 @@ uv run train_fastai.py --help                every setting
 """
 
 import dataclasses
+import functools
 import signal
 import sys
 import time
@@ -92,10 +93,10 @@ def begin(learn, config, run, facts, past, tested):
     print(runs.banner(config, facts, run.path), flush=True)
     if not past:
         data.say_doubts(learn.dls, run.path)
-        run.save_skipped(learn.dls.store.skipped)
-        run.save_augmentation(augment.saved(learn.dls.augment))
-        card = models.card(config.model, learn.dls, RESIZE_RULE, config.flip)
-        run.save_model_card({**card, "levels": learn.dls.store.levels})
+        if skipped := learn.dls.store.skipped:
+            runs.write_table(run / "skipped.csv", ("file", "reason"), skipped)
+        runs.write(run / "augment.yaml", augment.saved(learn.dls.augment))
+        runs.write_json(run / "weights/model.json", models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
         evaluate.save_train_batch(learn, run)
         lr, step = config.lr, None
         if lr == "find":
@@ -111,12 +112,13 @@ def begin(learn, config, run, facts, past, tested):
 
 def fit(learn, config, run, past, lr, start):
     """Trains, then evaluates and explains the best weights; returns the exit status."""
-    from lib import predict, report
+    from lib import predict, report, runs
     from lib import train as training
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
 
-    best = averaging.KeepBest(run.save_weights, config.keep)
+    save_weights = functools.partial(runs.write, run / "weights/best.safetensors")
+    best = averaging.KeepBest(ranks.on_first(save_weights), config.keep)
     saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
     lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
     learn.add_cbs([best, saved, *lines, *ranks.callbacks()])

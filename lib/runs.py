@@ -106,32 +106,11 @@ class Run:
         self.env.update(facts)
         write_json(self / "env.json", self.env)
 
-    def save_rows(self, rows):
-        """Writes results.csv, a row an epoch."""
-        write_csv(self / "results.csv", rows)
-
-    def save_skipped(self, skipped):
-        """Writes skipped.csv, where images were left out."""
-        if skipped:
-            write_table(self / "skipped.csv", ("file", "reason"), skipped)
-
-    def save_augmentation(self, text):
-        """Writes augment.yaml, the albumentations pipeline as `A.save` has it."""
-        write(self / "augment.yaml", text)
-
-    def save_model_card(self, card):
-        """Writes weights/model.json, which rebuilds the network."""
-        write_json(self / "weights/model.json", card)
-
-    def save_weights(self, content):
-        """Writes weights/best.safetensors."""
-        write(self / "weights/best.safetensors", content)
-
 
 class Elsewhere:
     """The run on a rank that writes nothing: it has no paths."""
 
-    path = save_weights = None
+    path = None
 
     def __truediv__(self, name):
         return None

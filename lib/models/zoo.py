@@ -198,6 +198,7 @@ def card(name, dls, resize_rule, flip):
         "std": dls.std.tolist(),
         "resize": resize_rule,
         "flip": flip,
+        "levels": dls.store.levels,
     }
 
 
