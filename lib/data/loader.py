@@ -3,7 +3,6 @@
 import os
 import random
 import unicodedata
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -186,14 +185,9 @@ class StoreDL(TfmdDL):
         return self.batch_of(idxs)
 
     def batch_of(self, idxs):
-        again, seen = [0] * len(idxs), Counter()
-        if len(set(idxs)) < len(idxs):  # an image that comes again is seen as in epochs to come
-            for place, i in enumerate(idxs):
-                again[place] = seen[i]
-                seen[i] += 1
         if self.is_fast(idxs):
-            return self.whole_batch(idxs, again)
-        items = [item for item in map(self.do_item, idxs, again) if item is not None]
+            return self.whole_batch(idxs)
+        items = [item for item in map(self.do_item, idxs) if item is not None]
         return self.do_batch(items) if items else None
 
     def is_fast(self, idxs):
@@ -210,21 +204,21 @@ class StoreDL(TfmdDL):
         """The number in the store of item `i`; None where it is to be read."""
         return self.ids[i] if self.ids and self.reads() else None
 
-    def whole_batch(self, idxs, again):
+    def whole_batch(self, idxs):
         augment, crop, _ = self.item_tfms
         augmented, size = self.after_item.split_idx == augment.split_idx, crop.size
         images = np.empty((len(idxs), size, size, 3), np.uint8)
-        for row, (i, times) in enumerate(zip(idxs, again)):
-            image, number = self.store[self.ids[i]], self.ids[i]
-            images[row] = augment.apply(image, self.epoch + times, number) if augmented else centre(image, size)
+        for row, number in enumerate(self.ids[i] for i in idxs):
+            image = self.store[number]
+            images[row] = augment.apply(image, self.epoch, number) if augmented else centre(image, size)
         x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
 
-    def do_item(self, i, again=0):
+    def do_item(self, i):
         number = self.store_id(i or 0)
         for t in self.after_item.fs:
             if isinstance(t, AlbumentationsTransform):
-                t.position = self.epoch + again, i or 0 if number is None else number
+                t.position = self.epoch, i or 0 if number is None else number
         return super().do_item(i)
 
     def create_item(self, i):
