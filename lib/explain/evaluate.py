@@ -4,9 +4,9 @@ import base64
 import io
 import math
 import time
-from collections import Counter
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import to_device
@@ -89,13 +89,11 @@ def pictured(rows, gallery, most=100):
 
     They are the worst `gallery`, then the worst of each confusion, its second worst and so on: `most` in all.
     """
-    seen, turn = Counter(), {}
-    for row in rows:
-        pair = row["truth"], row["prediction"]
-        turn[row["rank"]] = seen[pair]
-        seen[pair] += 1
-    others = sorted(rows[gallery:], key=lambda row: turn[row["rank"]])[: max(most - gallery, 0) if gallery else 0]
-    return sorted(rows[:gallery] + others, key=lambda row: row["rank"])
+    if not (gallery and rows):
+        return []
+    turns = pd.DataFrame(rows).groupby(["truth", "prediction"]).cumcount()
+    turns[:gallery] = -1
+    return [rows[i] for i in sorted(turns.sort_values(kind="stable").index[:most])]
 
 
 def save_gallery(run, rows, images, why, where):
@@ -189,12 +187,10 @@ def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
 
 
 def rates_of(learn, rows):
-    """(steps, 3) array: place on the axis of epochs, learning rate and momentum of each step; None where some lack."""
+    """(steps, 3) array: place on the axis of epochs, learning rate and momentum of each step."""
     steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
-    if sum(steps) != len(learn.recorder.steps):
-        return None
     places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
-    return np.column_stack([np.concatenate(places), learn.recorder.steps])
+    return np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
 
 
 def save_results(learn, config, run, rows, best_epoch, title):
@@ -211,12 +207,6 @@ def save_confusion(run, test, classes, title):
     table = [[name, *row] for name, row in zip(classes, counts.tolist())]
     write_table(run / "confusion_matrix.csv", ["truth", *classes], table)
     write_figure(run / "confusion_matrix.png", plots.confusion_matrix(counts, classes, title))
-
-
-def save_scores(run, test, classes):
-    """Writes classes.csv and calibration.csv of an outcome on test."""
-    write_csv(run / "classes.csv", scores.of_classes(*test[:2], classes))
-    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
 
 
 def save_mistakes(learn, config, run, test, images_of_test):
@@ -248,7 +238,8 @@ def report(learn, config, run, rows, best, start):
     also = "" if run.env["chosen_on"] == "valid" else ", which also chose the weights"
     images_of_test = f"{len(test[0]):,} test images{also}"
     save_results(learn, config, run, rows, best.epoch_number, title)
-    save_scores(run, test, list(learn.dls.vocab))
+    write_csv(run / "classes.csv", scores.of_classes(*test[:2], list(learn.dls.vocab)))
+    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
     summary["total_seconds"] = time.perf_counter() - start
