@@ -122,7 +122,7 @@ FALLING = lambda x: 2.3 - 1.2 / (1 + np.exp(-6 * (x + 2))) + 5 * np.maximum(x + 
 def test_the_steepest_point_is_where_it_is():
     """Trap 10: a moving average moves it from 7e-3 to 2.6e-2; a centred window leaves it."""
     lrs, losses = curve(FALLING)
-    test = lr_range.measured(lrs, losses, 1, 100)
+    test = lr_range.RangeTest(lrs, losses, 1, 100)
     lr_range.check_fall(test)
     found = test.suggestions
     assert 5e-3 < found["steep"] < 2e-2
@@ -140,7 +140,7 @@ def test_the_steepest_point_is_where_it_is():
 )
 def test_a_curve_without_a_fall_is_refused(of):
     with pytest.raises(BadInput, match="--lr"):
-        lr_range.check_fall(lr_range.measured(*curve(of), 1, 100))
+        lr_range.check_fall(lr_range.RangeTest(*curve(of), 1, 100))
 
 
 @pytest.mark.parametrize("noise, said", [(0.01, False), (0.9, True)])
@@ -150,7 +150,7 @@ def test_a_noisy_curve_says_so(make, tmp_path, monkeypatch, capsys, noise, said)
 
     lrs = np.geomspace(1e-5, 10, 100)
     losses = FALLING(np.log10(lrs)).clip(0, 4) + np.random.default_rng(0).normal(0, noise, 100)
-    test = lr_range.measured(lrs, losses, 1, 100)
+    test = lr_range.RangeTest(lrs, losses, 1, 100)
     assert (test.fall < 3 * test.noise) is said and test.noise == pytest.approx(noise, abs=0.3)
 
     class Folder:

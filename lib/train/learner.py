@@ -91,7 +91,6 @@ class SGDLearner(Looks):
         accumulate=1,  # batches whose mean loss makes one update
         wd=5e-4,  # L2 penalty of weights; norms and biases have none, unless wd_bn_bias
         precision="float32",  # float32, bf16 or fp16: the format of matrix products in forward passes
-        channels_last=True,  # memory format of images and weights
         opt_func=None,  # fastai's, in the place of `optimizer` and `mom`: a function that makes an optimizer
         splitter=split,  # fastai's: model -> lists of parameters, one for each group of layers
         cbs=None,  # further callbacks
@@ -104,8 +103,7 @@ class SGDLearner(Looks):
         self.accumulate, self.parallel, self.scaler = accumulate, None, None
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback puts back one that was cut short
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model = model.to(getattr(dls, "device", None) or "cpu", memory_format=self.memory_format)
+        model = model.to(getattr(dls, "device", None) or "cpu", memory_format=torch.channels_last)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
         if isinstance(opt_func, OptimWrapper):
             raise ValueError("opt_func must make an optimizer; pass partial(OptimWrapper, opt=…) for one of torch")

@@ -156,8 +156,6 @@ class Looks(Learner):
         stop_div=True,  # whether it ends where the loss diverges
         show_plot=True,  # whether the curve is drawn
         suggest_funcs=(SuggestionMethod.Valley),  # fastai's rules, or functions like them; None: no suggestion
-        linear=False,  # whether rates rise in equal steps
-        on_valid=False,  # whether the loss is that of valid
     ):
         """The LR range test with fastai's arguments and its named tuple, on a copy: see `lr_range.find`.
 
@@ -175,6 +173,6 @@ class Looks(Learner):
                     points, names = [point for _, point in suggestions], [name for name, _ in rules]
                     self.recorder.plot_lr_find(skip_end=0, suggestions=points, nms=names)
 
-        lr_range.find(self, start_lr, end_lr, num_it, stop_div, linear, on_valid, look)
+        lr_range.find(self, start_lr, end_lr, num_it, stop_div, look=look)
         if rules:
             return namedtuple("SuggestedLRs", [name for name, _ in rules])(*(lr for lr, _ in suggestions))

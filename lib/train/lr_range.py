@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -26,10 +26,14 @@ class RangeTest:
 
     lrs: np.ndarray  # (n,) learning rate of each update, of the last layer group
     losses: np.ndarray  # (n,) raw loss of each update: its own before its step, or that of valid after it
-    smooth_losses: np.ndarray  # (n,) the same, smoothed without delay
     epochs: int  # passes over the training images, complete or not, that it took
     num_it: int  # updates that were asked for
     step_seconds: float = math.nan  # median of the updates
+
+    @cached_property
+    def smooth_losses(self):
+        """(n,) losses, smoothed without delay."""
+        return smoothed(self.losses, self.num_it * SMOOTHING)
 
     def trimmed(self):
         """(rates, smoothed losses) as tensors, without the first tenth and the last five points, as fastai has it."""
@@ -125,11 +129,6 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1, seconds
 
 
-def measured(lrs, losses, epochs, num_it, seconds=math.nan):
-    """The RangeTest of rates and raw losses, (n,) each; the other arguments are its fields."""
-    return RangeTest(lrs, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it, seconds)
-
-
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
     """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
 
@@ -142,8 +141,7 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
         raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
     lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
     lrs, losses, epochs, seconds = run(learn, lrs, stop_div, on_valid)
-    last = lrs[:, -1] if lrs.ndim == 2 else lrs
-    test = measured(last, losses, epochs, num_it, seconds)
+    test = RangeTest(lrs[:, -1] if lrs.ndim == 2 else lrs, losses, epochs, num_it, seconds)
     look(test)
     check_fall(test)
     return test

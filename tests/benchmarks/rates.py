@@ -219,7 +219,7 @@ def judge(done):
             (lr for lr, accuracy in accuracies.items() if accuracy <= 1.5 * chance and lr > best_lr), default=math.inf
         )
         tests = [
-            lr_range.measured(np.array(t["lrs"]), np.array(t["losses"]), t["epochs"], POINTS)
+            lr_range.RangeTest(np.array(t["lrs"]), np.array(t["losses"]), t["epochs"], POINTS)
             for t in row["tests"].values()
         ]
         for rule, suggest in RULES.items():
