@@ -234,7 +234,7 @@ def facts(config, dls, model, machine):
         "skipped": len(dls.store.skipped),
         "classes": list(dls.vocab),
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
-        "data_fingerprint": dls.store.fingerprint(),
+        "data_fingerprint": dls.store.fingerprint,
         "params": sum(p.numel() for p in model.parameters()),
         **({"levels": dls.store.levels} if dls.store.levels else {}),
     }

@@ -80,9 +80,9 @@ def test_eight_bits_stay_as_they_are_beside_deep_ones(tmp_path):
     store = stored(root)
     assert (store[store.index[root / "a/z.png"]] == 77).all() and store.levels == [0, 4095]
     (root / "a/z.png").unlink()
-    assert stored(root, cache=str(tmp_path / "cache")).fingerprint() == stored(root).fingerprint()
+    assert stored(root, cache=str(tmp_path / "cache")).fingerprint == stored(root).fingerprint
     again = stored(root, cache=str(tmp_path / "cache"))  # from the file that is there
-    assert again.levels == [0, 4095] and again.fingerprint() == stored(root).fingerprint()
+    assert again.levels == [0, 4095] and again.fingerprint == stored(root).fingerprint
 
 
 def test_colours_of_16_bits_are_upright(tmp_path):

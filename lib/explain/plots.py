@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
@@ -26,9 +27,14 @@ def axes(width, height, rows=1, cols=1, **kwargs):
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, cols, squeeze=False, **kwargs)
     for ax in grid.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
+        tidy(ax)
     return figure, grid
+
+
+def tidy(ax):
+    """Gives axes a light grid in the place of a frame."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3)
 
 
 def short(name, most=16):
@@ -248,12 +254,9 @@ def explanation(image, cam, title):
 
 def means(points):
     """Of [(epoch, seconds, accuracy), …] of several runs: epochs, mean seconds, means and deviations, and n."""
-    points = np.array(points, float)
-    marks = np.unique(points[:, 0])
-    groups = [points[points[:, 0] == mark] for mark in marks]
-    _, seconds, mean = np.array([group.mean(0) for group in groups]).T
-    deviation = np.array([group[:, 2].std(ddof=1) if len(group) > 1 else 0 for group in groups])
-    return marks, seconds, mean, deviation, max(map(len, groups))
+    epochs = pd.DataFrame(points, columns=["epoch", "seconds", "accuracy"]).groupby("epoch")
+    mean, deviation = epochs.mean(), epochs.accuracy.std().fillna(0)
+    return mean.index.to_numpy(), *(a.to_numpy() for a in (mean.seconds, mean.accuracy, deviation)), epochs.size().max()
 
 
 def comparison(
@@ -284,8 +287,7 @@ def comparison(
             low, high = mean - deviation, np.minimum(mean + deviation, 1)
             ax.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0) if n > 1 else None
     for k, ax in enumerate(grid.flat):
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
         ax.set(xlabel="epoch" if many or k == 0 else "seconds of training, evaluation included")
         ax.set_visible(k < len(curves) or not many)
     highest = min(grid[0, 0].get_ylim()[1], 1.0)
@@ -315,5 +317,4 @@ def draw_finals(figure, finals):
     ax.set_yticks(range(len(finals)), [short(name, 26) for name in finals], parse_math=False)
     ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy at the end:\nseeds, mean, 95% interval")
     ax.set_xlim(None, min(ax.get_xlim()[1], 1.0005))
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
