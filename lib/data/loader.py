@@ -12,7 +12,7 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, to_device
+from fastai.torch_core import TensorCategory, TensorImage, apply, to_device
 from fastai.vision.core import PILImage
 from fastcore.foundation import L
 from fasttransform import Transform
@@ -25,7 +25,6 @@ from lib.data.decode import batch_size, centre
 from lib.data.folders import find_images, find_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
-from lib.data.transfer import copied_beside
 from lib.machine import on_this_machine
 from lib.runs import read_card
 
@@ -94,6 +93,21 @@ class NormalizeInPlace(Normalize):
         if x.shape[1:] != self.mean_image.shape[1:]:
             return x.sub_(self.mean).div_(self.std)
         return x.sub_(self.mean_image).div_(self.std_image)
+
+
+def copied_beside(batch, device, stream):
+    """A pinned `batch` on a CUDA device, copied on `stream` while the device computes what it was asked for before."""
+    with torch.cuda.stream(stream):
+        batch = to_device(batch, device, non_blocking=True)
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(stream)
+
+    def used(x):
+        if isinstance(x, torch.Tensor):
+            x.record_stream(computing)  # its memory is not taken anew before it has been used
+        return x
+
+    return apply(used, batch)
 
 
 class StoreDL(TfmdDL):
@@ -194,15 +208,8 @@ class StoreDL(TfmdDL):
         """Whether a whole batch of these is what fastai's way would make of them."""
         same = len(self.after_item.fs) == len(self.item_tfms) == 3 and not self.before_batch.fs
         same = same and all(a is b for a, b in zip(self.after_item.fs, self.item_tfms))
-        return same and not PER_ITEM & vars(self).keys() and self.reads() and None not in [self.ids[i] for i in idxs]
-
-    def reads(self):
-        """Whether items are read as the store's are."""
-        return [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
-
-    def store_id(self, i):
-        """The number in the store of item `i`; None where it is to be read."""
-        return self.ids[i] if self.ids and self.reads() else None
+        same = same and [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
+        return same and not PER_ITEM & vars(self).keys() and None not in [self.ids[i] for i in idxs]
 
     def whole_batch(self, idxs):
         augment, crop, _ = self.item_tfms
@@ -215,17 +222,11 @@ class StoreDL(TfmdDL):
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
 
     def do_item(self, i):
-        number = self.store_id(i or 0)
+        number = self.ids[i] if self.ids and i is not None else None
         for t in self.after_item.fs:
             if isinstance(t, AlbumentationsTransform):
                 t.position = self.epoch, i or 0 if number is None else number
         return super().do_item(i)
-
-    def create_item(self, i):
-        number = self.store_id(i or 0)
-        if number is None:
-            return super().create_item(i)
-        return PILImage.create(self.store[number]), *(tl[i or 0] for tl in self.dataset.tls[1:])
 
     def plain(self, most=None):
         """(images, labels) of at most `most` images, not augmented, that lie evenly in the set and so in its classes.

@@ -183,17 +183,10 @@ def train_batch(images, labels, title):
         y, x = i // cols * high + high - h, i % cols * wide
         mosaic[y : y + h, x : x + w] = image
         ax.text(x + w / 2, y - 0.06 * h, short(label), fontsize=11, ha="center", va="bottom", parse_math=False)
-    draw_image(ax, mosaic, title)
-    return figure
-
-
-def draw_image(ax, image, title="", cam=None, **font):
-    """An image, with a map over it where there is one."""
-    ax.imshow(image, interpolation="nearest")
-    if cam is not None:
-        ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
-    ax.set_title(title, parse_math=False, **font)
+    ax.imshow(mosaic, interpolation="nearest")
+    ax.set_title(title, parse_math=False)
     ax.axis("off")
+    return figure
 
 
 def gradcam(
@@ -245,9 +238,10 @@ def place_image(ax, x, y, image, cam=None):
 
 def explanation(image, cam, title):
     """An image, (h, w, 3) uint8, and the map for its prediction, (h, w) in 0..1."""
-    figure, ((left, right),) = axes(6, 3.4, 1, 2)
-    draw_image(left, image)
-    draw_image(right, image, cam=cam)
+    figure, (row,) = axes(6, 3.4, 1, 2)
+    for ax, shown in zip(row, (None, cam)):
+        place_image(ax, 0, 0, image, shown)
+        ax.axis("off")
     figure.suptitle(title, parse_math=False)
     return figure
 

@@ -29,7 +29,6 @@ from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 
 from lib import runs
-from lib.config import MOMENTUM
 from lib.models import split
 from lib.train import ranks
 from lib.train.averaging import EMA, macro_f1
@@ -38,7 +37,7 @@ from lib.train.freezing import Freeze, Hold
 from lib.train.lecture import GradNoise, balanced_order
 from lib.train.looks import Looks
 from lib.train.loss import TrainingLoss, class_weights
-from lib.train.optimizers import OPTIMIZERS, GroupedOptimizer, undecayed
+from lib.train.optimizers import OPTIMIZERS, GroupedOptimizer, maker, undecayed
 from lib.train.plateau import Plateau, StopEarly, plateau_options
 from lib.train.randomness import seed_from
 from lib.train.recorder import EpochRecorder
@@ -105,11 +104,8 @@ class SGDLearner(Looks):
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
         model = model.to(getattr(dls, "device", None) or "cpu", memory_format=torch.channels_last)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
-        if isinstance(opt_func, OptimWrapper):
-            raise ValueError("opt_func must make an optimizer; pass partial(OptimWrapper, opt=…) for one of torch")
         if opt_func is None:
-            torchs, has_momentum = partial(OPTIMIZERS[optimizer], mom=mom), optimizer in MOMENTUM
-            opt_func = partial(GroupedOptimizer, opt=torchs, has_momentum=has_momentum)
+            opt_func = maker(optimizer, mom)
         elif isinstance(opt_func, partial) and opt_func.func is OptimWrapper:
             opt_func = partial(GroupedOptimizer, *opt_func.args, **opt_func.keywords)
         ours = [EpochRecorder if cb is Recorder else cb for cb in defaults.callbacks] if default_cbs else []
