@@ -77,7 +77,8 @@ def train(config, tested=None):
             ranks.on_first(lambda: print(timing.expectation(learn, config, computer.precision)[1]))()
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
-        run = ranks.on_first(runs.open, runs.Elsewhere())(config, asked, facts)
+        make = functools.partial(runs.reopen, config) if config.resume else functools.partial(runs.start, asked)
+        run = ranks.on_first(make, runs.Elsewhere())(**facts)
         lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past, tested))
         return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
 

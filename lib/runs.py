@@ -197,11 +197,6 @@ def reopen(config, **facts):
     return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
 
-def open(config, asked, facts):
-    """The run folder that `config` resumes, or a new one, whose args.yaml holds the settings as `asked`."""
-    return reopen(config, **facts) if config.resume else start(asked, **facts)
-
-
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
     try:

@@ -1,5 +1,7 @@
 """Detecting a plateau, and the learning rate that falls at one."""
 
+from functools import partial
+
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
@@ -87,16 +89,14 @@ class ReduceLROnPlateau(Callback):
         if factor >= 1:
             raise ValueError(f"factor must be below 1, not {factor}")
         self.monitor, self.factor, self.min_lr, self.eps = monitor, factor, min_lr, eps
-        self.options = dict(
-            mode=mode, threshold=threshold, threshold_mode=threshold_mode, patience=patience, cooldown=cooldown
-        )
-        self.plateau, self.warmup_epochs = Plateau(**self.options), warmup_epochs
+        self.new_plateau = partial(Plateau, mode, threshold, threshold_mode, patience, cooldown)
+        self.plateau, self.warmup_epochs = self.new_plateau(), warmup_epochs
 
     def before_fit(self):
         self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")  # as fastai's trackers
         if self.run:
             check_sole_owner(self.learn)
-            self.plateau, self.reductions, self.warming = Plateau(**self.options), [], self.warmup_epochs > 0
+            self.plateau, self.reductions, self.warming = self.new_plateau(), [], self.warmup_epochs > 0
             self.rates = [h["lr"] for h in self.opt.hypers]
 
     def before_batch(self):
