@@ -55,12 +55,12 @@ def test_linear_rates_and_valid_losses_are_pytorch_lr_finders(make):
     n = len(batches)
     model = learn.twin().model
     optimizer = sgd(model, 1e-3)
-    lrs, losses, *_ = lr_range.run(learn, np.linspace(1e-3, 0.1, n), stop_div=False, on_valid=True)
+    test = lr_range.run(learn, np.linspace(1e-3, 0.1, n), stop_div=False, on_valid=True)
     finder = LRFinder(model, optimizer, torch.nn.CrossEntropyLoss(), "cpu")
     loaders = [torch.utils.data.DataLoader(b, batch_size=None) for b in (batches, valid)]
     finder.range_test(loaders[0], loaders[1], 1e-3, 0.1, n, step_mode="linear", smooth_f=0, diverge_th=1e9)
     theirs = np.array(finder.history["loss"]) / len(valid[0][1])  # it divides by the number of batches
-    assert np.allclose(lrs, finder.history["lr"], rtol=1e-9) and np.allclose(losses, theirs, rtol=1e-4)
+    assert np.allclose(test.lrs, finder.history["lr"], rtol=1e-9) and np.allclose(test.losses, theirs, rtol=1e-4)
 
 
 def test_the_sample_of_valid_has_all_classes(make):
@@ -181,5 +181,5 @@ def test_a_model_that_cannot_learn_ends_in_status_2(bands, cache, tmp_path, caps
 
 def test_a_loss_that_is_not_a_number_ends_the_test(make):
     _, learn = make()
-    lrs, losses, *_ = lr_range.run(learn, np.geomspace(1e-3, 1e30, 40))
-    assert len(losses) < 40 and len(lrs) == len(losses)
+    test = lr_range.run(learn, np.geomspace(1e-3, 1e30, 40))
+    assert len(test.losses) < 40 and len(test.lrs) == len(test.losses)

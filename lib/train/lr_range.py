@@ -101,9 +101,9 @@ class RangeTestCallback(Callback):
 
 
 def run(learn, lrs, stop_div=True, on_valid=False):
-    """(rates, raw losses, epochs begun, median seconds) of one mock update a rate, on a copy of the model.
+    """The RangeTest of one mock update a rate, on a copy of the model. It leaves no trace in `learn`.
 
-    It leaves no trace in `learn`. The first updates, in which memory is found, do not count for the seconds.
+    The first updates, in which memory is found, do not count for the seconds.
     """
     loader = learn.dls.train
     if len(loader) == 0:
@@ -126,7 +126,8 @@ def run(learn, lrs, stop_div=True, on_valid=False):
                 loader.epoch = epoch
     n = len(test.curve)
     seconds = float(np.median(np.diff(test.times)[min(2, n - 2) :])) if n > 1 else math.nan
-    return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1, seconds
+    last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
+    return RangeTest(last, np.array(test.curve), twin.epoch + 1, len(lrs), seconds)
 
 
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
@@ -139,9 +140,7 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
     """
     if num_it < 10:
         raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
-    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
-    lrs, losses, epochs, seconds = run(learn, lrs, stop_div, on_valid)
-    test = RangeTest(lrs[:, -1] if lrs.ndim == 2 else lrs, losses, epochs, num_it, seconds)
+    test = run(learn, (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it), stop_div, on_valid)
     look(test)
     check_fall(test)
     return test
