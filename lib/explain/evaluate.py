@@ -186,18 +186,14 @@ def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
     }  # fmt: skip
 
 
-def rates_of(learn, rows):
-    """(steps, 3) array: place on the axis of epochs, learning rate and momentum of each step."""
-    steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
-    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
-    return np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
-
-
 def save_results(learn, config, run, rows, best_epoch, title):
     """Writes results.png."""
+    steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
+    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
+    rates = np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
     plateaus, averaged = config.schedule in ("plateau", "grow_batch"), config.ema > 0
     options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged)
-    shown = (config.target, best_epoch, run.env["chosen_on"], rates_of(learn, rows))
+    shown = (config.target, best_epoch, run.env["chosen_on"], rates)
     write_figure(run / "results.png", plots.results(rows, title, *shown, **options))
 
 

@@ -35,12 +35,6 @@ class RangeTest:
         """(n,) losses, smoothed without delay."""
         return smoothed(self.losses, self.num_it * SMOOTHING)
 
-    def trimmed(self):
-        """(rates, smoothed losses) as tensors, without the first tenth and the last five points, as fastai has it."""
-        n = len(self.lrs)
-        first, last = max(min(self.num_it // 10, n - 10), 0), max(n - 5, 10)
-        return torch.tensor(self.lrs[first:last]), torch.tensor(self.smooth_losses[first:last])
-
     @property
     def suggestions(self):
         """{rule: learning rate} by our rule and fastai's four."""
@@ -176,7 +170,9 @@ RULES = {"sixth": sixth, **{name: getattr(fastai_schedule, name) for name in SUG
 
 def suggest(rule, test):
     """(learning rate, point in the figure) that a rule of fastai's kind gives for a RangeTest."""
-    lrs, losses = test.trimmed()
+    n = len(test.lrs)
+    kept = slice(max(min(test.num_it // 10, n - 10), 0), max(n - 5, 10))  # without both ends, as fastai has it
+    lrs, losses = torch.tensor(test.lrs[kept]), torch.tensor(test.smooth_losses[kept])
     if rule is fastai_schedule.slide:
         rule = partial(rule, lr_diff=min(15, len(lrs) - 2))  # its interval must fit a short curve
     lr, point = rule(lrs, losses, test.num_it)
