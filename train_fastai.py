@@ -87,7 +87,6 @@ def begin(learn, config, run, facts, past, tested):
     """What a run writes before it trains; returns its learning rate, found by the range test or given."""
     from lib import data, models, report, runs
     from lib.data import augment
-    from lib.data.decode import RESIZE_RULE
     from lib.explain import evaluate
     from lib.train import timing
 
@@ -97,7 +96,7 @@ def begin(learn, config, run, facts, past, tested):
         if skipped := learn.dls.store.skipped:
             runs.write_table(run / "skipped.csv", ("file", "reason"), skipped)
         runs.write(run / "augment.yaml", augment.saved(learn.dls.augment))
-        runs.write_json(run / "weights/model.json", models.card(config.model, learn.dls, RESIZE_RULE, config.flip))
+        runs.write_json(run / "weights/model.json", models.card(config.model, learn.dls, config.flip))
         evaluate.save_train_batch(learn, run)
         lr, step = config.lr, None
         if lr == "find":

@@ -11,6 +11,7 @@ import torch
 
 from lib.cli import BadInput, brief, guess, one_line
 from lib.config import AUXILIARY
+from lib.data.decode import RESIZE_RULE
 from lib.models.layers import heads
 from lib.models.networks import SmallResNet
 
@@ -185,7 +186,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
         ) from None
 
 
-def card(name, dls, resize_rule, flip):
+def card(name, dls, flip):
     """The content of weights/model.json: what rebuilds the trained network, and how images become its input."""
     constructor, args = MODELS.get(name, (None, {}))
     theirs = name if name.startswith(TIMM) else f"torchvision.{name}"
@@ -196,7 +197,7 @@ def card(name, dls, resize_rule, flip):
         "size": dls.store.size,
         "mean": dls.mean.tolist(),
         "std": dls.std.tolist(),
-        "resize": resize_rule,
+        "resize": RESIZE_RULE,
         "flip": flip,
         "levels": dls.store.levels,
     }

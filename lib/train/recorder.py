@@ -109,6 +109,7 @@ class EpochRecorder(Recorder):
         super().before_fit()
         self.evaluation = Evaluation(self.metrics if self.valid_metrics else [])
         self.evaluation.learn = self.learn
+        self.train_scores = self.metrics if self.train_metrics else L()  # the metrics that are taken in training too
         self.columns = ["lr", "train_acc", "valid_acc"]
         if getattr(self.dls, "test", None) is not None:
             self.columns += ["test_loss", "test_acc"]
@@ -126,11 +127,6 @@ class EpochRecorder(Recorder):
         self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
         self.evaluation.before_validate()
         self.computed = False  # whether the batch under way has a loss
-
-    @property
-    def train_scores(self):
-        """The metrics that are taken in training too."""
-        return self.metrics if self.train_metrics else L()
 
     def before_train(self):
         super().before_train()
