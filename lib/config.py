@@ -81,7 +81,6 @@ class Config:
     model: str = option(None, f"{', '.join(MODELS)}, torchvision's such as resnet18, timm/NAME (medium; digits small)")
     pretrained: str = option("", "start from weights: the library's, or FILE (.pth, .safetensors)", alone="torchvision")
     freeze_epochs: int = option(None, "epochs in which only the head learns (1 with --pretrained)", low=0)
-    small_epochs: int = option(0, "first epochs, on images of 3/4 of the side: progressive resizing", low=0)
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
     valid_pct: float = option(0.1, "share of training images held out to choose with; 0: test chooses", low=0, high=0.9)
     lr: float | Literal["find"] = option("find", "learning rate: a number, or find (range test)", low=1e-12)
@@ -158,8 +157,6 @@ class Config:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:
             raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
-        if self.small_epochs >= self.epochs:
-            raise BadInput(f"--small-epochs: must be fewer than the {self.epochs} epochs, not {self.small_epochs}")
         if self.mixup and self.cutmix:
             raise BadInput("--mixup, --cutmix: pass one of them, not both")
         if self.freeze_epochs and not self.pretrained:

@@ -256,7 +256,7 @@ def follow(run, log):
     log = runs.logger(log, run / "tensorboard")
 
     def after_epoch(rows):
-        run.save_rows(rows)
+        runs.write_csv(run / "results.csv", rows)
         write(run.path, live=True)
         log(rows)
 
