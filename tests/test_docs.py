@@ -3,10 +3,13 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,13 +39,19 @@ def commands(text):
     yield from re.findall(r"`([^`\n]+)`", prose)
 
 
-def run_by_uv(path):
-    """(program, arguments) of the commands of a page that `uv run` starts, without what a shell does around them."""
+def uv_lines(path):
+    """What follows `uv run` in the commands of a page, without what a shell does around it."""
     for line in commands(path.read_text(encoding="utf-8")):
-        line = re.sub(r"^.*?(?=uv run )", "", line.strip())
         line = f"uv run {line}" if line.startswith("train_fastai.py") else line  # as in the table of results/README.md
-        if UV.match(line) and "$" not in line:
-            words = shlex.split(re.split(r" [>&|;]|  +", UV.sub("", line))[0])
+        for found in re.findall(r"uv run ((?:(?! uv run ).)*)", line):
+            yield re.split(r"; | [>&|;]|  +", found)[0].strip()
+
+
+def run_by_uv(path):
+    """(program, arguments) of the commands of a page that `uv run` starts."""
+    for line in uv_lines(path):
+        if UV.match(f"uv run {line} ") and "$" not in line:
+            words = shlex.split(UV.sub("", f"uv run {line} "))
             yield words[0], [word for word in words[1:] if word != "…"]
 
 
@@ -190,3 +199,95 @@ def test_pages_name_no_path_of_one_machine():
     tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in tracked:
         assert not re.search(r"(?<![\w.~$])/(?:root|home|work|tmp)/", (ROOT / name).read_text(encoding="utf-8")), name
+
+
+# how a command of README or docs begins, after `uv run` -> why `test_every_command_runs_at_toy_size` leaves it out
+NOT_RUN = {
+    "--extra timm train_fastai.py": "downloads weights",
+    "train_fastai.py --data photos --size 224 -b 16 --epochs 20 --model resnet18 --pretrained": "downloads weights",
+    "--extra onnx": "needs packages that the tests go without; .ci/run has a line for it",
+    "--extra heif …": "the beginning of a command",
+    "--extra timm …": "the beginning of a command",
+    "train_fastai.py --schedule $schedule": "a line of a shell script",
+    "train_fastai.py --resume runs/both/$name": "a line of a shell script",
+    "torchrun --nnodes 2": "needs two machines; test_ranks.py plays them",
+    "python -m lib.predict runs/x --serve": "ends with Ctrl-C alone; test_serve.py starts it",
+    "python -m lib.predict runs/weighted --serve": "the same",
+    "train_fastai.py --log tensorboard": "needs tensorboard; test_run.py has a stand-in",
+    "pytest": "these tests",
+    "ruff": "changes this checkout; .ci/run checks it",
+    ".ci/pins.py": "changes this checkout, and asks a package index; .ci/run checks it",
+    ".ci/settings.py": "changes this checkout; test_settings_md_is_made_from_the_settings checks it",
+    "python -m tests.benchmarks.growth": "makes 200,000 images, for minutes",
+    "python -m tests.benchmarks.gpu --data FOLDER": "9 minutes of a GPU",
+    "python -m tests.benchmarks.gpu --rehearse": ".ci/run runs it",
+}
+# what is added to a command of the docs; of a flag that comes twice the last one counts
+TOY_RUN = "--epochs 1 --size 32 --lr-iters 40 --gallery 2 --no-progress".split()
+TOY_BENCHMARKS = {
+    "tests.benchmarks.evidence": "--epochs 1 --seeds 0 --groups momentum --runs HERE/lecture --out HERE/lecture",
+    "tests.benchmarks.networks": "--seconds 1 --seeds 0 --only small --out HERE/networks.json",
+    "tests.benchmarks.speed": "--images 320 --rounds 1 --model small --out HERE/speed.json",
+    "tests.benchmarks.teach": "--epochs 1 --seeds 0 --out HERE/teach",
+}
+TOLD = [path for path in PAGES if path.parent in (ROOT, ROOT / "docs")]
+TOLD_LINES = sorted({line for path in TOLD for line in uv_lines(path)})
+
+
+def left_out(line):
+    return any(line.startswith(beginning) for beginning in NOT_RUN)
+
+
+def test_what_is_left_out_is_in_the_docs():
+    for beginning in NOT_RUN:
+        assert any(line.startswith(beginning) for line in TOLD_LINES), beginning
+    assert sum(not left_out(line) for line in TOLD_LINES) > 30
+
+
+def toy(line, number):
+    """The words of a training command, with CIFAR-10 as a small folder, and what makes it short."""
+    words = shlex.split(line)
+    data = [] if "--data" in words else ["--data", "FOLDER"]
+    seeds = ["--seeds", "0", "1"] if "--seeds" in words else []
+    return [*words, *TOY_RUN, *data, *seeds, "--out", f"out/{number}"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with all that the commands of the docs name: images, run folders, and a folder like CIFAR-10's."""
+    import numpy as np
+
+    from tests.conftest import picture, save
+    from train_fastai import main
+
+    here, rng = tmp_path_factory.mktemp("here"), np.random.default_rng(0)
+    wanted = {"FOLDER/train": (4, 80), "FOLDER/test": (4, 10), "photos": (2, 30), "path/to/images": (2, 30)}
+    for name, (classes, n) in {**wanted, "new": (1, 2), "folder": (1, 2)}.items():
+        for k in range(classes):
+            for i in range(n):
+                save(here / name / f"class {k}" / f"{i:02}.png", picture(rng, k))
+    save(here / "photo.jpg", picture(rng, 0))
+    for name, schedule in (("a", "plateau"), ("b", "one_cycle")):
+        options = ["--data", str(here / "photos"), "--schedule", schedule, "--out", str(here / "runs"), "--name", name]
+        assert main([*options, *TOY_RUN, "--model", "small", "--lr", "0.05"]) == 0
+    for source, copy in (("a", "x"), ("a", "weighted"), ("a", "both/plateau-s0"), ("b", "both/one_cycle-s0")):
+        shutil.copytree(here / "runs" / source, here / "runs" / copy)
+    return here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in TOLD_LINES if not left_out(line)])
+def test_every_command_runs_at_toy_size(line, here):
+    """Training as `toy` says; a benchmark with its row of TOY_BENCHMARKS; anything else as it stands."""
+    program, *words = shlex.split(line)
+    if "train_fastai.py" in (program, *words):
+        program, *words = toy(line, TOLD_LINES.index(line))
+    elif words[1] in TOY_BENCHMARKS:
+        words = [*words, *TOY_BENCHMARKS[words[1]].replace("HERE", str(here)).split()]
+    launch = {"train_fastai.py": [str(ROOT / program)], "torchrun": ["-m", "torch.distributed.run"], "python": []}
+    place = {"train_fastai.py": str(ROOT / "train_fastai.py"), "~/.fastai/data/cifar10": str(here / "FOLDER")}
+    argv = [sys.executable, *launch[program], *(place.get(word, word) for word in words)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FASTAI_HOME": str(here)}
+    done = subprocess.run(argv, cwd=here, env=env, capture_output=True, text=True, timeout=600)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and not re.search(r"exit status [1-9]|Traceback", said), f"{argv}\n{said[-3000:]}"
