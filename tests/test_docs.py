@@ -179,6 +179,18 @@ def test_the_speeds_in_the_docs_are_those_of_the_files():
     assert f"| {speed['stock']:.0f} | {speed['ours']:.0f} (" in README
 
 
+def test_the_other_speeds_in_the_docs_are_those_of_the_files():
+    """The second run of the ResNet-9, the loader alone, and the start of a command."""
+    text = " ".join((ROOT / "docs/speed.md").read_text(encoding="utf-8").split())
+    again, speed = (
+        json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("speed-resnet9-again", "speed")
+    )
+    assert f"gave {again['ratio_to_stock']:.2f} times stock fastai and {again['ratio_to_ceiling']:.2f} of" in text
+    assert f"makes {round(speed['images_per_second']['loader'], -3):,.0f} images/s" in text
+    start, cold, warm = (speed["seconds"][key] for key in ("help", "first step, cold cache", "first step, warm cache"))
+    assert f"takes {start:.2f} s" in text and f"takes {cold:.1f} s, or {warm:.1f} s if" in text
+
+
 def test_the_differences_in_the_lecture_are_those_of_its_tables():
     """Each '± 95% interval' of docs/lecture.md stands, rounded, in a comparison.md of results/lecture/."""
     known = {(0.007, 0.009), (0.006, 0.015), (618, 5)}  # deviations of train - test (below), and of one-cycle-12/before
@@ -346,7 +358,10 @@ def claims(text):
     for section in re.split(r"^#+ ", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M):
         for part in section.split("\n\n"):
             for one in part.split("\n") if part.startswith("|") else re.split(r"\n(?=- )", part):
-                yield one, links(one) or links(part) or links(section)
+                named = (
+                    links(part.split("\n")[0]) if part.startswith("|") else []
+                )  # a column's heading names a file too
+                yield one, links(one) + named or links(part) or links(section)
 
 
 @pytest.mark.parametrize(
