@@ -94,7 +94,12 @@ GROUPS = {  # heading: (settings, notes)
     ),
     "Machine": (
         "device precision compile workers threads",
-        "",
+        """
+        - `--threads auto` starts with a thread for each core that the process may use. Affinity and the quota of a
+          container count. On a CPU it looks once a second what other programs do. It leaves the cores that they keep
+          busy, and takes them again when they are free. It says so in a line. Such a run is not repeatable to the bit;
+          a run with `--threads N` is.
+        """,
     ),
     "Output": (
         "out name cache resume checkpoint_seconds cam gallery log open progress lr_find_only dry_run",

@@ -131,7 +131,7 @@ class Config:
     compile: bool = option(False, "training steps through torch.compile: faster on a GPU, after a minute of compiling")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | Auto = option("auto", "loader processes; auto: 0 on a CPU", "-j", low=0, high=256)
-    threads: int | Auto = option("auto", "CPU threads of torch; auto: one a core", low=1, high=1024)
+    threads: int | Auto = option("auto", "CPU threads of torch; auto: one for each core that is free", low=1, high=1024)
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
     checkpoint_seconds: int = option(600, "seconds between checkpoints within an epoch; 0: at its end alone", low=0)

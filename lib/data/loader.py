@@ -1,6 +1,5 @@
 """Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
-import os
 import random
 import unicodedata
 from collections import Counter
@@ -27,7 +26,7 @@ from lib.data.folders import find_images, find_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
 from lib.data.transfer import copied_beside
-from lib.machine import on_this_machine
+from lib.machine import cores, on_this_machine
 from lib.runs import read_card
 
 PLAIN_PIXELS = 2**21  # that say enough of the colours of all
@@ -313,7 +312,7 @@ def get_dls(config, device="cpu"):
     device, workers = torch.device(device), config.workers
     evaluation = {}
     if workers == "auto":
-        workers = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // on_this_machine()))
+        workers = 0 if device.type == "cpu" else min(8, max(1, cores() // on_this_machine()))
         evaluation["num_workers"] = 0  # to copy pixels from the store takes less time than to start processes
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
     options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))

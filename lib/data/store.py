@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lib.cli import BadInput, one_line, printable, read_json
 from lib.data import decode
+from lib.machine import cores
 from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
@@ -44,7 +45,7 @@ class Store:
     ):
         self.paths, self.size, self.folder = list(paths), size, None
         self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
-        threads = threads or os.cpu_count()
+        threads = threads or cores()
         facts = self.in_folder(Path(cache), threads, skip) if cache else self.unnamed(temporary, threads, skip)
         self.hash, self.skipped = facts["fingerprint"], [(self.names[i], reason) for i, reason in facts["skipped"]]
         self.levels = facts["levels"]  # that are black and white in images of more than 8 bits; None without such

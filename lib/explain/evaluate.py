@@ -255,7 +255,7 @@ def report(learn, config, run, rows, best, start):
     save_scores(run, test, list(learn.dls.vocab))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
-    summary["total_seconds"] = time.perf_counter() - start
+    summary |= {"other_load": learn.share_cores.other_load, "total_seconds": time.perf_counter() - start}
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)

@@ -42,6 +42,7 @@ from lib.train.optimizers import OPTIMIZERS, GroupedOptimizer, undecayed
 from lib.train.plateau import Plateau, StopEarly, plateau_options
 from lib.train.randomness import seed_from
 from lib.train.recorder import EpochRecorder
+from lib.train.sharing import ShareCores
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EARLY_EPOCHS = 3  # in which a network's `early` parameters learn (Jordan, arXiv 2404.00498)
@@ -314,7 +315,8 @@ class SGDLearner(Looks):
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for. It prints nothing by itself."""
     weight = class_weights(dls.train.labels, len(dls.vocab)) if config.class_weights else None
-    cbs = list(cbs or [])
+    on_cpu = torch.device(dls.device).type == "cpu" and ranks.world() == 1
+    cbs = [*(cbs or []), ShareCores(adapt=on_cpu and config.threads == "auto")]
     if config.small_epochs:
         cbs.append(SmallImages(config.small_epochs, small_side(dls.store.size)))
     if config.freeze_epochs:
