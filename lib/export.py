@@ -7,12 +7,17 @@ python -m lib.export runs/x --to fastai      runs/x/export.pkl, for fastai's loa
 import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import noop
 
 from lib.cli import BadInput, Parser, command
+from lib.config import Config, read_args
 from lib.data.decode import centre, read
+from lib.data.folders import find_images
+from lib.data.sources import root_folder
 from lib.predict import load
 from lib.runs import write
 
@@ -20,9 +25,22 @@ TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
 PICKLE = "warning: loading a pickle runs the code in it; load none that you do not trust, and pass on weights/ instead"
 
 
-def onnx(predict):
+def examples(predict, run, most=64):
+    """Valid images of `run` as the network takes them, (n, size, size, 3) uint8; None where its data is gone."""
+    try:
+        config = Config(**read_args(run / "args.yaml"))
+        split = config.valid_pct, config.split_seed, config.folds, config.fold
+        with redirect_stdout(None):
+            paths = [path for path, _ in find_images(root_folder(config), *split)[1]]
+        return next(predict.decoded(paths[:: -(-len(paths) // most)], noop), (None, None))[1]
+    except (BadInput, OSError):
+        return None
+
+
+def onnx(predict, run=None):
     """(content of model.onnx, what was checked): the network, with all that follows the crop.
 
+    It is checked on valid images of the folder `run`; on noise where there are none.
     Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch.
     """
     import torch
@@ -49,6 +67,8 @@ def onnx(predict):
         {k: json.dumps(predict.card[k]) for k in ("classes", "resize", "levels") if k in predict.card}
     )
     content = program.model_proto.SerializeToString()
+    seen = examples(predict, run) if run else None
+    images, what = (images, "noise, as its data is gone") if seen is None else (torch.from_numpy(seen), "valid images")
     try:
         import onnxruntime
     except ImportError:
@@ -58,10 +78,10 @@ def onnx(predict):
         apart = float(np.abs(session.run(None, {"images": images.numpy()})[0] - model(images).numpy()).max())
     if not apart < TOLERANCE:
         raise BadInput(f"--to onnx: onnxruntime's probabilities are {apart:.1g} from torch's; nothing is written")
-    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's"
+    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's on {len(images)} {what}"
 
 
-def fastai(predict):
+def fastai(predict, run=None):
     """(content of export.pkl, a warning): a Learner whose `predict` and `test_dl` prepare images as evaluation does."""
     import cloudpickle
     import torch
@@ -90,7 +110,7 @@ def fastai(predict):
     return content.getvalue(), PICKLE
 
 
-FORMATS = {"onnx": (onnx, "model.onnx"), "fastai": (fastai, "export.pkl")}  # name -> function(predictor), file
+FORMATS = {"onnx": (onnx, "model.onnx"), "fastai": (fastai, "export.pkl")}  # name -> function(predictor, run), file
 
 
 @command
@@ -100,7 +120,7 @@ def main(argv):
     p.add_argument("--to", required=True, choices=FORMATS, help="onnx: model.onnx; fastai: export.pkl for load_learner")
     args = p.parse_args(argv)
     convert, name = FORMATS[args.to]
-    content, note = convert(load(args.run, "cpu"))
+    content, note = convert(load(args.run, "cpu"), Path(args.run).expanduser())
     write(Path(args.run).expanduser() / name, content)
     print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
 

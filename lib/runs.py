@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from lib.cli import BadInput, one_line, printable, read_json
-from lib.config import RESOLVED, data_name, read_file
+from lib.config import FEW_VALID, RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
 ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
@@ -181,7 +181,8 @@ def check_out(config, size=1):
 def start(config, **facts):
     """A new run folder under `config.out` (-2, -3 … behind a name that is taken), made with args.yaml and env.json."""
     optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
-    name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}"
+    fold = f"-f{config.fold}" if config.fold else ""
+    name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}{fold}"
     out = Path(config.out).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -254,6 +255,8 @@ def facts(config, dls, model, machine):
         "images": {name: len(getattr(dls, name).dataset) for name in ("train", "valid", "test")},
         "skipped": len(dls.store.skipped),
         "classes": list(dls.vocab),
+        "sets": dls.sets,
+        "keep": config.keep,
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
         "data_fingerprint": dls.store.fingerprint(),
         "params": sum(p.numel() for p in model.parameters()),
@@ -268,6 +271,10 @@ def banner(config, facts, where):
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
     if "levels" in facts:
         images += "; of more than 8 bits, {:g} is black and {:g} white".format(*facts["levels"])
+    few, n = "", facts["images"]["valid"]
+    if n < FEW_VALID:
+        few = f"\n{n} valid images are few to choose with: one of them is {1 / n:.3f} of accuracy, and the standard "
+        few += f"error of an accuracy of 0.5 is {0.5 / math.sqrt(n):.3f}; the weights are kept by {facts['keep']}"
     side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
     names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
     at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
@@ -275,6 +282,7 @@ def banner(config, facts, where):
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
         f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels{at_first}\n"
+        f"sets: {printable(facts['sets'])}{few}\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )
