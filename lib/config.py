@@ -148,7 +148,7 @@ class Config:
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")
     progress: bool = option(True, "progress bar, on a terminal")
-    log: Literal["none", "tensorboard"] = option("none", "a log beside the run's own files, in its folder")
+    log: Literal["none", "tensorboard", "wandb", "mlflow"] = option("none", "where each epoch is logged too")
     open: bool = option(False, "open report.html in the browser; it follows the training")
 
     def __post_init__(self):

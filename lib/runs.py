@@ -9,6 +9,7 @@ import os
 import tempfile
 import warnings
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -139,28 +140,42 @@ class Elsewhere:
 
 def check_log(kind):
     """Raises BadInput where the package that `--log` names is not installed."""
-    if kind == "tensorboard" and not find_spec(kind):
-        raise BadInput("--log tensorboard: is not installed; uv run --with tensorboard train_fastai.py …")
+    if kind != "none" and not find_spec(kind):
+        raise BadInput(f"--log {kind}: is not installed; uv run --with {kind} train_fastai.py …")
+
+
+def writer(kind, folder):
+    """A function that takes an epoch's row to a log of the run `folder`, through the package `kind`."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter  # imports torch
+
+        board = SummaryWriter(folder / kind)
+        return lambda row: [*(board.add_scalar(k, v, row["epoch"]) for k, v in row.items()), board.flush()]
+    package, settings = import_module(kind), read_file(folder / "args.yaml")
+    if kind == "wandb":
+        once = dict(reinit="finish_previous")  # in a comparison
+        run = package.init(project="train_fastai", name=folder.name, dir=folder, config=settings, **once)
+        return lambda row: run.log(row, step=row["epoch"])
+    package.end_run()
+    package.start_run(run_name=folder.name)
+    package.log_params(settings)
+    return lambda row: package.log_metrics(row, step=row["epoch"])
 
 
 def logger(kind, folder):
-    """A function that logs the last of the rows it is given, an epoch's, to `folder`; for "none" it does nothing."""
+    """A function that logs the last of the rows it is given, an epoch's; for "none" it does nothing."""
+
+    def attempt(function, *args):
+        try:
+            return function(*args)
+        except Exception as e:  # each package raises its own
+            remedy = "mend that, or go on with --resume and --log none"
+            raise BadInput(f"--log {kind}: cannot be written ({one_line(e)}); {remedy}") from None
+
     if kind == "none":
         return lambda rows: None
-    from torch.utils.tensorboard import SummaryWriter  # imports torch
-
-    writer = SummaryWriter(folder)
-
-    def log(rows):
-        try:
-            for name, value in rows[-1].items():
-                writer.add_scalar(name, value, rows[-1]["epoch"])
-            writer.flush()
-        except OSError as e:
-            text = f"cannot be written ({e.strerror}); make room, and go on with --resume and --log none"
-            raise BadInput(f"{folder}: {text}") from None
-
-    return log
+    log = attempt(writer, kind, folder)
+    return lambda rows: attempt(log, rows[-1])
 
 
 def check_out(config, size=1):

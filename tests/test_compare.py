@@ -263,7 +263,7 @@ def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_
 
 
 def fake(seed=0, **args):
-    known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed]}
+    known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed], "fold": 0}
     return {"args": known, "folder": f"{args}-{seed}"}
 
 
