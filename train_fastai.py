@@ -6,7 +6,6 @@ uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a compari
 uv run train_fastai.py --help                every setting
 """
 
-import dataclasses
 import functools
 import signal
 import sys
@@ -54,7 +53,7 @@ def train(config, tested=None):
     start = time.perf_counter()
     from lib import data, machine, models, runs
     from lib import train as training
-    from lib.train import checkpoint, lecture, ranks, timing
+    from lib.train import averaging, checkpoint, lecture, ranks, timing
 
     models.check(config.model, config.pretrained)
     runs.check_out(config)
@@ -63,7 +62,7 @@ def train(config, tested=None):
     with ranks.joined(computer.device):
         with ranks.first_alone():  # the first process decodes the images, the others find them
             dls = data.get_dls(config, computer.device)
-        asked, config = config, dataclasses.replace(config, batch_size=dls.train.bs)
+        asked, config = config, averaging.resolved(config, dls)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
         models.cam_layer(model, dls.store.size)  # what cannot be explained is not trained

@@ -5,20 +5,38 @@ python -m lib.export runs/x      runs/x/model.onnx: uint8 images (n, size, size,
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import noop
 
 from lib.cli import BadInput, Parser, command
+from lib.config import Config, read_args
+from lib.data.folders import find_images
+from lib.data.sources import root_folder
 from lib.predict import load
 from lib.runs import write
 
 TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
 
 
-def onnx(predict):
+def examples(predict, run, most=64):
+    """Valid images of `run` as the network takes them, (n, size, size, 3) uint8; None where its data is gone."""
+    try:
+        config = Config(**read_args(run / "args.yaml"))
+        split = config.valid_pct, config.split_seed, config.folds, config.fold
+        with redirect_stdout(None):
+            paths = [path for path, _ in find_images(root_folder(config), *split)[1]]
+        return next(predict.decoded(paths[:: -(-len(paths) // most)], noop), (None, None))[1]
+    except (BadInput, OSError):
+        return None
+
+
+def onnx(predict, run=None):
     """(content of model.onnx, what was checked): the network, with all that follows the crop.
 
+    It is checked on valid images of the folder `run`; on noise where there are none.
     Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch.
     """
     import torch
@@ -45,6 +63,8 @@ def onnx(predict):
         {k: json.dumps(predict.card[k]) for k in ("classes", "resize", "levels") if k in predict.card}
     )
     content = program.model_proto.SerializeToString()
+    seen = examples(predict, run) if run else None
+    images, what = (images, "noise, as its data is gone") if seen is None else (torch.from_numpy(seen), "valid images")
     try:
         import onnxruntime
     except ImportError:
@@ -54,7 +74,7 @@ def onnx(predict):
         apart = float(np.abs(session.run(None, {"images": images.numpy()})[0] - model(images).numpy()).max())
     if not apart < TOLERANCE:
         raise BadInput(f"--to onnx: onnxruntime's probabilities are {apart:.1g} from torch's; nothing is written")
-    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's"
+    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's on {len(images)} {what}"
 
 
 @command
@@ -63,8 +83,9 @@ def main(argv):
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
     p.add_argument("--to", choices=["onnx"], default="onnx", help="the format (onnx)")
     args = p.parse_args(argv)
-    content, note = onnx(load(args.run, "cpu"))
-    file = Path(args.run).expanduser() / "model.onnx"
+    run = Path(args.run).expanduser()
+    content, note = onnx(load(run, "cpu"), run)
+    file = run / "model.onnx"
     write(file, content)
     print(f"{file}: {len(content):,} bytes; {note}")
 

@@ -253,7 +253,7 @@ def write(folder, live=False, show=False):
 
 def follow(run, log):
     """What a run does after each epoch: a function of the rows so far that writes results.csv, the page and the log."""
-    log = runs.logger(log, run / "tensorboard")
+    log = runs.logger(log, run.path)
 
     def after_epoch(rows):
         runs.write_csv(run / "results.csv", rows)

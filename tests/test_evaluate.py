@@ -78,7 +78,7 @@ def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["mistakes"] == wrong and summary["test_acc"] == pytest.approx(1 - wrong / 24)
     out = capsys.readouterr().out
-    assert ("no mistakes" in out) == (wrong == 0) and out.strip().count("\n") == 2
+    assert ("no mistakes" in out) == (wrong == 0) and out.strip().count("\n") == 3
 
 
 def test_the_summary_is_of_the_kept_weights(make):

@@ -84,7 +84,7 @@ ELSEWHERE = {
     "azureml": "needs azureml",
     "captum": "needs captum",
     "comet": "needs comet_ml",
-    "wandb": "needs wandb",
+    "wandb": "needs wandb; --log wandb",
     "tensorboard": "needs tensorboard; --log tensorboard",
     "rnn": "is for text",
 }  # fmt: skip  modules of fastai.callback that are not for this test -> why

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import sys
@@ -293,13 +294,25 @@ def test_onnx_gives_torchs_probabilities(trained, evaluated, capsys):
     run, _ = trained
     paths, _, p = evaluated
     assert export.main([str(run), "--to", "onnx"]) == 0
-    assert "within" in capsys.readouterr().out
+    assert re.search(r"within .* on 6 valid images$", capsys.readouterr().out.strip())
     session = runtime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
     for n in (1, len(paths)):
         images = np.stack([centre(read(path, 32), 32) for path in paths[:n]])
         assert np.abs(session.run(None, {"images": images})[0] - p[:n]).max() < 1e-5
     notes = session.get_modelmeta().custom_metadata_map
     assert json.loads(notes["classes"]) == predict.load(run).classes and "shorter side" in notes["resize"]
+
+
+def test_onnx_is_checked_on_images_of_the_run(trained, tmp_path):
+    run, root = trained
+    predictor, config = predict.load(run, "cpu"), settings.parse(["-c", str(run / "args.yaml")])
+    dls = loader.get_dls(config)
+    seen = [centre(dls.store[i], 32) for i in dls.valid.ids]
+    assert np.array_equal(export.examples(predictor, run), np.stack(seen))
+    assert len(export.examples(predictor, run, 3)) == 3
+    shutil.copytree(run, tmp_path / "x")
+    (tmp_path / "x/args.yaml").write_text(f"data: {tmp_path / 'gone'}")
+    assert export.examples(predictor, tmp_path / "x") is None
 
 
 def test_onnx_that_differs_is_not_written(trained, monkeypatch, capsys):

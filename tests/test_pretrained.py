@@ -260,7 +260,8 @@ def test_bad_weights_are_one_line(weights, tmp_path, bands, capsys):
         ("shufflenet_v2_x1_0", weights / "net.pth", "is not of shufflenet_v2_x1_0"),
         ("resnet18", weights / "net.pth", "is not of resnet18"),
         ("small", weights / "net.pth", "model.json"),
-        ("small", "torchvision", "--pretrained: torchvision has none"),
+        ("small", "torchvision", "--pretrained: 'small' has none; pass --model resnet18 or timm/NAME, or FILE"),
+        ("small", "resnet18", "--pretrained resnet18: not found; pass a file of weights, or --model resnet18 --pre"),
     ]
     for name, file, words in cases:
         argv = ["--data", bands, "--size", 32, "--model", name, "--pretrained", file, "--out", tmp_path / "runs"]

@@ -21,7 +21,7 @@ from lib.config import AUXILIARY, MODELS
 from lib.data import decode
 from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
 from lib.data.decode import batch_size, centre
-from lib.data.folders import find_images, find_sets, unlabelled
+from lib.data.folders import find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
 from lib.machine import cores, on_this_machine
@@ -272,13 +272,14 @@ def read_images(config, size):
     """(root folder, Store, the images of train, valid and test as lists of (path, class)) of `config.data`."""
     try:
         root = root_folder(config)
-        sets = find_images(root, config.valid_pct, config.split_seed)
+        split = config.valid_pct, config.split_seed, config.folds, config.fold
+        sets = find_images(root, *split)
         check_apart(config, root)
         paths = list(dict.fromkeys(path for images in sets for path, _ in images))  # valid may be test
         folder, skip = cache_dir(config), config.bad_images == "skip"
         store = Store(paths, size, root, cache=folder if config.cache else None, skip=skip, temporary=folder)
         if store.skipped:  # split anew, so that each class has its share in each set
-            sets = find_images(root, config.valid_pct, config.split_seed, set(paths) - set(store.index))
+            sets = find_images(root, *split, set(paths) - set(store.index))
     except OSError as error:
         remedy = "make it readable, make room, or pass another --data or --cache"
         raise BadInput(f"--data {config.data}: {one_line(error)}; {remedy}") from None
@@ -319,7 +320,7 @@ def get_dls(config, device="cpu"):
     options["dl_kwargs"] = [{}, evaluation, evaluation]
     dls = block.dataloaders(root, **options)  # without the path of the data: what a learner saves is no part of it
     dls.test, dls.store, dls.mean, dls.std, dls.augment = dls[2], store, mean, std, augment
-    dls.unlabelled = unlabelled(root)
+    dls.unlabelled, dls.sets = unlabelled(root), told_sets(root, config.valid_pct, config.folds, config.fold)
     return dls
 
 

@@ -16,6 +16,7 @@ from sklearn import metrics
 
 from lib import models
 from lib.cli import duration, read_json
+from lib.config import FEW_VALID
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
@@ -133,6 +134,7 @@ def range_test(learn, config, run):
     Returns the rate that `--lr-suggest` names, and the seconds of an update.
     """
     linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
+    print(f"range test: up to {config.lr_iters} batches, at growing rates …", flush=True)
     test = lr_range.find(learn, 1e-5, config.lr_high, config.lr_iters, linear=linear, on_valid=on_valid)
     suggestions, curves = test.suggestions, (test.lrs, test.losses, test.smooth_losses)
     write_table(run / "lr_find.csv", ("lr", "loss", "smooth_loss"), zip(*(curve.tolist() for curve in curves)))
@@ -242,11 +244,24 @@ def report(learn, config, run, rows, best, start):
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)
-    print(closing(summary, explained, run.path, uneven), flush=True)
+    few = few_to_choose_with(rows, valid) if len(valid[0]) < FEW_VALID else ""
+    print(closing(summary, explained, run.path, uneven, few), flush=True)
 
 
-def closing(s, explained, path, uneven):
-    """The result in three lines, and where to look; a fourth where classes are `uneven`."""
+def few_to_choose_with(rows, valid):
+    """A line that holds the standard error of the accuracy on few valid images beside the difference that it decided.
+
+    It is binomial, at the accuracy after one more right and one more wrong, so that it is never 0.
+    """
+    n, right = len(valid[0]), (valid[1].argmax(1) == valid[0]).sum()
+    error = math.sqrt((right + 1) / (n + 2) * (n - right + 1) / (n + 2) / n)
+    best, *others = sorted((row["valid_acc"] for row in rows), reverse=True)
+    line = f"{n} valid images are few: the standard error of their accuracy is {error:.3f}"
+    return line + (f", and the best two epochs differ by {best - others[0]:.3f}\n" if others else "\n")
+
+
+def closing(s, explained, path, uneven, few=""):
+    """The result in three lines, and where to look; one more where classes are `uneven`, or valid images are `few`."""
     chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
     tta = "" if s["tta_test_acc"] is None else f"; with each image's mirror image (tta) {s['tta_test_acc']:.4f}"
     epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
@@ -257,7 +272,7 @@ def closing(s, explained, path, uneven):
     mistakes = f"{explained} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes to explain"
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
-        f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{balanced}"
+        f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{few}{balanced}"
         f"{target}{s['epochs']} epochs in {duration(s['train_seconds'])}, {s['images_per_second']:.0f} images/s; "
         f"{duration(s['total_seconds'])} in all, with reading, range test and explanations\n"
         f"{mistakes}; open {path / 'report.html'}"

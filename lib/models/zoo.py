@@ -29,7 +29,9 @@ MODELS = {
 def check(name, pretrained=""):
     """Raises BadInput where `name` is no network that can be had here, or `pretrained` is no file."""
     if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
-        raise BadInput(f"--pretrained {pretrained}: not found; pass a file of weights, or nothing for torchvision's")
+        network = "resnet18" if Path(pretrained).suffix else pretrained
+        remedy = f"pass a file of weights, or --model {network} --pretrained for those of a network"
+        raise BadInput(f"--pretrained {pretrained}: not found; {remedy}")
     if name in MODELS:
         return
     if name.startswith(TIMM):
