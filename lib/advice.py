@@ -80,15 +80,14 @@ def never_cut(run):
 
 def weak_class(run):
     """The 95% interval of the recall of a class ends more than 0.05 below test accuracy."""
-    classes = [(wilson(recall, n)[1], recall, name, int(n)) for name, _, recall, _, n in run["scores"] if n]
-    if not classes:
-        return None
+    classes = [(wilson(right / n, n)[1], right / n, name, n) for name, right, n in run["recalls"] if n]
     (high, recall, name, n), sizes = min(classes), sorted(size for *_, size in classes)
     text = "Look at its mistakes above: are they labelled right, and what do the maps look at?"
     if sizes[-1] >= 1.5 * sizes[0]:  # as in the last lines of a run
         text += f" Classes have {sizes[0]:,} to {sizes[-1]:,} test images; if training is as uneven: `--class-weights`,"
         text += " `--balanced-batches`, `--keep macro_f1`."
-    numbers = f"{name}: recall {recall:.4f} of {n:,} images, its interval ends at {high:.4f}"
+    numbers = f"{name} has recall {recall:.4f} in {n:,} images, its interval ends at {high:.4f}"
+    numbers += f"; test accuracy {run['summary']['test_acc']:.4f}"
     return run["summary"]["test_acc"] - high > 0.05, numbers, text
 
 
@@ -111,7 +110,7 @@ def advice(run):
     """[applies, rule, numbers, what to try] of each rule that can be asked; of a run under way, of the first alone.
 
     `run`: args, n (images of each set), rows (columns of results.csv), summary, or None, cuts (epochs at which the rate
-    fell), scores (rows of classes.csv), doubts (rows of doubts.csv).
+    fell), recalls (of each class its name, right images, images), doubts (rows of doubts.csv).
     """
     told = [(rule.__doc__, rule(run)) for rule in (RULES if run["summary"] else RULES[:1])]
     return [[applies, condition, *texts] for condition, found in told if found for applies, *texts in [found]]

@@ -147,7 +147,7 @@ def settings(args, env):
 
 
 def mistakes(folder):
-    """Of a finished run: classes and their scores, confusions, calibration, mistakes with the pictures that fit.
+    """Of a finished run: classes, their recalls and scores, confusions, calibration, mistakes with pictures that fit.
 
     Mistakes have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
     """
@@ -168,6 +168,7 @@ def mistakes(folder):
                 row["picture"] = pictures[file]
         rows.append(row)
     found = dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=rows)
+    found["recalls"] = [(name, counts[i][i], sum(counts[i])) for i, name in enumerate(classes)]
     if (folder / "classes.csv").exists():  # runs of older versions have none
         _, *scores = read_table(folder / "classes.csv")
         found |= dict(scores=[[name, *map(number, row)] for name, *row in scores])
@@ -211,7 +212,7 @@ def of_run(folder, live):
     found = mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])
     doubts = read_table(folder / "doubts.csv")[1:]
     facts = dict(args=args, n=env["images"], rows=rows, summary=summary, cuts=cuts, doubts=doubts)
-    facts["scores"] = found.get("scores", ())
+    facts["recalls"] = found.pop("recalls", ())
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note,
         "headline": headline(args, env, rows, summary, live), "settings": settings(args, env),

@@ -10,13 +10,13 @@ from lib.config import Config
 
 
 def run(train=(0.5, 0.8, 0.97, 0.972), test=0.96, valid=(0.9, 0.95), summary=(), n=(10_000, 10_000), **more):
-    """A run of which no rule applies. `n`: images of valid and test; `more`: scores, doubts, cuts, settings."""
-    facts = {name: more.pop(name) for name in ("scores", "doubts", "cuts") if name in more}
+    """A run of which no rule applies. `n`: images of valid and test; `more`: recalls, doubts, cuts, settings."""
+    facts = {name: more.pop(name) for name in ("recalls", "doubts", "cuts") if name in more}
     rows = dict(train_acc=list(train), valid_acc=list(valid), epoch=list(range(1, len(train) + 1)))
     kept = dict(best_epoch=len(train), test_acc=test, valid_acc=max(valid), chosen_on="valid") | dict(summary)
-    scores = [["cat", 0.9, 0.95, 0.9, 1000.0], ["dog", 0.9, 0.97, 0.9, 1000.0]]
+    recalls = [("cat", 950, 1000), ("dog", 970, 1000)]
     found = dict(args=Config(**more).to_dict(), n=dict(train=1, valid=n[0], test=n[1]), rows=rows, summary=kept)
-    return {**found, "scores": scores, "doubts": [], "cuts": [1.5], **facts}
+    return {**found, "recalls": recalls, "doubts": [], "cuts": [1.5], **facts}
 
 
 def told(rule, **facts):
@@ -94,14 +94,15 @@ def test_a_plateau_that_never_came():
 
 
 def test_a_class_far_below():
-    scores = lambda recall, n, other=1000.0: [["cat", 1.0, recall, 0.5, n], ["dog", 1.0, 1.0, 1.0, other]]
-    applies, text = told(advice.weak_class, scores=[*scores(0.8, 1000.0), ["none", 0.0, 0.0, 0.0, 0.0]])
-    assert applies and "cat: recall 0.8000 of 1,000 images, its interval ends at 0.8236" in text
+    one = lambda right, n: dict(recalls=[("cat", right, n), ("dog", 1000, 1000), ("none", 0, 0)])
+    applies, text = told(advice.weak_class, **one(800, 1000))
+    assert (
+        applies and "cat has recall 0.8000 in 1,000 images, its interval ends at 0.8236; test accuracy 0.9600" in text
+    )
     assert "--class-weights" not in text
-    assert "Classes have 500 to 1,000 test images" in told(advice.weak_class, scores=scores(0.8, 500.0))[1]
-    assert not told(advice.weak_class, scores=scores(0.9, 1000.0))[0]
-    assert not told(advice.weak_class, scores=scores(0.8, 20.0))[0]  # within chance
-    assert advice.weak_class(run(scores=[])) is None  # as runs of earlier versions
+    assert "Classes have 500 to 1,000 test images" in told(advice.weak_class, **one(400, 500))[1]
+    assert not told(advice.weak_class, **one(900, 1000))[0]
+    assert not told(advice.weak_class, **one(16, 20))[0]  # within chance
 
 
 def test_valid_that_is_small():
