@@ -22,7 +22,7 @@ def wilson(share, n):
 def look_first(run):
     """Some images are worth a look."""
     kinds = Counter(row[0] for row in run["doubts"])
-    found = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())
+    found = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items())
     return bool(kinds), found or "there are none", "Look at them first: the list below, or `doubts.csv`."
 
 

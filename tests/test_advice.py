@@ -45,7 +45,7 @@ def test_images_worth_a_look_come_first_and_before_the_end_alone():
     doubts = [["near copies", "a", "b"], ["near copies", "c", "d"], ["nearly one colour", "e", ""]]
     facts = run(doubts=doubts)
     first = advice.advice(facts)[0]
-    assert first[0] and first[2] == "2 near copies, 1 nearly one colour"
+    assert first[0] and first[2] == "near copies (2), nearly one colour (1)"
     assert advice.advice({**facts, "summary": None}) == [first]
     assert not advice.look_first(run())[0]
 
