@@ -291,10 +291,10 @@ def write(folder, live=False, show=False):
 
 def follow(run, log):
     """What a run does after each epoch: a function of the rows so far that writes results.csv, the page and the log."""
-    log = runs.logger(log, run / "tensorboard")
+    log = runs.logger(log, run.path)
 
     def after_epoch(rows):
-        run.save_rows(rows)
+        runs.write_csv(run / "results.csv", rows)
         write(run.path, live=True)
         log(rows)
 

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from lib import compare, config, report, runs
+from lib.cli import BadInput
 from lib.config import Config
 from lib.explain import evaluate, plots
 from lib.runs import write_csv, write_table
@@ -378,11 +379,29 @@ def test_a_log_for_tensorboard(tmp_path, monkeypatch, capsys):
             told.append("flush")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    log, rows = runs.logger("tensorboard", "there"), rows_of(2)
+    log, rows = runs.logger("tensorboard", tmp_path), rows_of(2)
     log(rows[:1]), log(rows)
-    assert told[0] == "there" and told.count("flush") == 2 and len(told) == 1 + 2 * (len(rows[0]) + 1)
+    assert told[0] == tmp_path / "tensorboard" and told.count("flush") == 2 and len(told) == 1 + 2 * (len(rows[0]) + 1)
     assert ("test_acc", rows[0]["test_acc"], 1) in told and ("test_acc", rows[1]["test_acc"], 2) in told
-    assert runs.logger("none", "there")(rows) is None and len(told) == 1 + 2 * (len(rows[0]) + 1)
+    assert runs.logger("none", tmp_path)(rows) is None and len(told) == 1 + 2 * (len(rows[0]) + 1)
+
+
+@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+def test_a_log_for_others(kind, tmp_path, monkeypatch):
+    """Each of the two is told the settings and an epoch a row; what it raises is one line."""
+    told, (row,) = [], rows_of(1)
+
+    class Package:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: told.append((name, args, kwargs)) or self
+
+    (tmp_path / "args.yaml").write_text("momentum: 0.5")
+    monkeypatch.setitem(sys.modules, kind, Package())
+    runs.logger(kind, tmp_path)([row])
+    assert told[-1][1:] == ((row,), {"step": 1}) and "{'momentum': 0.5}" in str(told[:-1])
+    monkeypatch.setattr(Package, "__getattr__", lambda self, name: 1 / 0)
+    with pytest.raises(BadInput, match=f"--log {kind}: cannot be written .ZeroDivisionError.*--log none"):
+        runs.logger(kind, tmp_path)
 
 
 browser = pytest.mark.browser
