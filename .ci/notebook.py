@@ -45,7 +45,7 @@ def kept(outputs):
             data["image/png"] = small(data["image/png"])
         if found and output.get("name") == found[-1].get("name") == "stdout":
             found[-1].text += output.text
-        elif output.get("name") != "stderr" and data.get("text/html", "table").find("table") >= 0:
+        elif output.get("name") != "stderr" and "<table" in data.get("text/html", "<table"):
             found.append(output)
     return found
 

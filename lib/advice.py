@@ -100,7 +100,8 @@ def small_valid(run):
     error = (high - low) / (2 * Z)  # not 0 where all are right
     numbers = f"{n:,} valid images, standard error {error:.4f}"
     numbers += f"; its best two epochs are {best - others[0]:.4f} apart" if others else ""
-    return error > 0.01, numbers, "Hold out more, `--valid-pct 0.2`, or choose by what jumps less, `--keep valid_loss`."
+    less = "" if run["summary"].get("chosen_by") == "loss" else ", or choose by what jumps less, `--keep valid_loss`"
+    return error > 0.01, numbers, f"Hold out more, `--valid-pct 0.2`{less}."
 
 
 RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, small_valid)

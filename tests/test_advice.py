@@ -108,6 +108,8 @@ def test_a_class_far_below():
 def test_valid_that_is_small():
     applies, text = told(advice.small_valid, valid=[0.75, 0.7, 0.79], n=(143, 1))
     assert applies and "143 valid images, standard error 0.0338; its best two epochs are 0.0400 apart" in text
+    assert "`--keep valid_loss`" in text
+    assert "--keep" not in told(advice.small_valid, summary={"chosen_by": "loss"})[1]
     assert told(advice.small_valid, valid=[1.0], n=(24, 1))[0]  # where all are right as well
     assert not told(advice.small_valid, valid=[0.75, 0.7, 0.79], n=(5000, 1))[0]
     assert advice.small_valid(run(summary={"chosen_on": "test"})) is None
