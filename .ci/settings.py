@@ -21,7 +21,8 @@ and the file wins over the defaults. Each run writes its settings to `args.yaml`
 Three more flags are not settings:
 
 - `-c FILE` reads settings from a YAML file.
-- `--smoke` runs everything in seconds: digits, 2 epochs.
+- `--smoke` tries everything: digits, 2 epochs, a short range test, 4 mistakes. More than half of its time is the
+  start of Python and torch, so it can take a minute on a busy or a slow machine.
 - `--help` lists the flags.
 
 Some settings take one or several values. Several values make a [comparison](comparing.md).
@@ -29,9 +30,11 @@ Some settings take one or several values. Several values make a [comparison](com
 
 GROUPS = {  # heading: (settings, notes)
     "Data": (
-        "data bad_images valid_pct split_seed size batch_size balanced_batches",
+        "data bad_images valid_pct split_seed folds fold size batch_size balanced_batches",
         """
         - With `--valid-pct 0` the test set chooses the weights. The summary and every figure then say so.
+        - `--folds 5` makes five runs, each of which tests on another fifth of the images
+          ([comparing.md](comparing.md)). With `--fold 2` there is one run, on the second fifth.
         - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
           evaluation, at a random place for training.
         - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
@@ -52,13 +55,11 @@ GROUPS = {  # heading: (settings, notes)
     ),
     "Training": (
         "epochs seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
-        "perturb_on_plateau small_epochs stop_after keep target",
+        "perturb_on_plateau stop_after keep target",
         """
         - Weight decay is torch's L2 penalty. BatchNorm and biases have none.
         - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
           training, except that plateau watches the loss of the average.
-        - With `--small-epochs N` the first N epochs use images of three quarters of the side, in training and in
-          evaluation. The weights that are kept come from a later epoch.
         - The order of an epoch is a function of (seed, epoch). The augmentation of an image is a function of (seed,
           epoch, image). So any number of `--workers` sees the same data. Two equal runs on one machine, with the same
           number of threads, are equal to the bit (tested on a CPU).
@@ -104,6 +105,8 @@ GROUPS = {  # heading: (settings, notes)
     "Output": (
         "out name cache resume checkpoint_seconds cam gallery log open progress lr_find_only dry_run",
         """
+        - `--log` needs the package that it names: `uv run --with wandb train_fastai.py --log wandb`. TensorBoard and
+          wandb write into the run folder. MLflow writes where `MLFLOW_TRACKING_URI` says.
         - `--resume` goes on from the last checkpoint. There is one at the end of each epoch, and one every
           `--checkpoint-seconds` within an epoch. [reliability.md](reliability.md) lists what is promised.
         """,

@@ -1,4 +1,4 @@
-"""What every command shares: errors of one line, exit statuses, output, and JSON files read with care."""
+"""What every command shares: errors of one line, exit statuses, output, and files of settings read with care."""
 
 import argparse
 import difflib
@@ -10,6 +10,7 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+MOST_TEXT = 10**6  # characters of a YAML file
 started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
 if started.parent == Path(__file__).resolve().parent or started.name == "train_fastai.py":
     os.environ["MPLBACKEND"] = "agg"  # a command draws into files alone; a notebook keeps its backend
@@ -151,6 +152,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadInput(f"{message}; see --help")
+
+
+def read_yaml(path):
+    """The 'setting: value' lines of a YAML file. Raises what PyYAML raises, and ValueError for anything else."""
+    import yaml
+
+    with open(path, encoding="utf-8") as f:
+        text = f.read(MOST_TEXT + 1)
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"more than {MOST_TEXT:,} characters")
+    settings = yaml.safe_load(text) or {}
+    if not isinstance(settings, dict):
+        raise ValueError("it holds no 'setting: value' lines")
+    return settings
 
 
 def read_json(path):

@@ -20,12 +20,24 @@ from lib.machine import launched
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = (
-    "variant", "seed", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
-    "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "folder",
+    "variant", "seed", "fold", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
+    "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "other_load", "folder",
 )  # fmt: skip
-NEEDED = {*COLUMNS, "target"} - {"variant", "seed", "last_train_acc", "folder"}  # numbers of a summary
+NEEDED = (
+    "test_acc",
+    "last_test_acc",
+    "valid_acc",
+    "best_epoch",
+    "epochs_to_target",
+    "seconds_to_target",
+    "train_seconds",
+    "lr",
+    "optimizer_state_bytes",
+    "target",
+)  # fmt: skip  numbers of a summary
 FREE = (*MACHINE, "out")  # settings that may change while a comparison goes on
-ASIDE = (*FREE, "seeds", "name", "gallery", "cam")  # settings that do not tell variants
+ASIDE = (*FREE, "seeds", "fold", "name", "gallery", "cam")  # settings that do not tell variants
+DISTURBED = 0.25  # cores that other processes took, above which the seconds of a run are marked
 
 
 def run(configs, train):
@@ -121,10 +133,31 @@ def by_variant(runs):
         if all(len({repr(run["args"][name]) for run in group}) == 1 for group in variants.values() for name in differ):
             break
     for group in variants.values():
-        if len({repr(run["args"]["seeds"]) for run in group}) < len(group):
+        if len(set(map(pair_of, group))) < len(group):
             folders = ", ".join(str(run["folder"]) for run in group)
-            raise BadInput(f"{folders}: the same settings and seed more than once; leave out all but one")
+            raise BadInput(f"{folders}: the same settings, seed and fold more than once; leave out all but one")
     return variants, differ
+
+
+def pair_of(run):
+    """(seed, fold): runs of two variants that share them are compared with each other."""
+    return run["args"]["seeds"][0], run["args"]["fold"]
+
+
+def on_all_images(runs):
+    """Of runs on folds, the accuracy on all images for each seed: each image is in one fold, and counts there."""
+    found = []
+    for seed in dict.fromkeys(seed for seed, _ in map(pair_of, runs)):
+        folds = [run for run in runs if pair_of(run)[0] == seed]
+        images = sum(run["env"]["images"]["test"] for run in folds)
+        right = images - sum(run["summary"]["mistakes"] for run in folds)
+        found.append(right / images if len(folds) == folds[0]["args"]["folds"] else None)
+    return found
+
+
+def disturbed(run):
+    """Whether other processes took so much of the machine that the seconds of a run say little."""
+    return (run["summary"].get("other_load") or 0) > DISTURBED
 
 
 def interval(scores, base):
@@ -142,7 +175,7 @@ def verdict(first, name, mean, half, n):
     if half is None:
         return f"{name} against {first}: one common seed, which cannot tell chance from a difference ({mean:+.4f})."
     if mean == half == 0:
-        return f"{name} equals {first} in all {n} seeds."
+        return f"{name} equals {first} in all {n} pairs."
     if abs(mean) <= half:
         return f"{name} against {first}: no difference seen; n = {n} tells only those above {half:.4f} or so."
     return f"{name} is {'better' if mean > 0 else 'worse'} than {first} by {abs(mean):.4f} ± {half:.4f} (n = {n})."
@@ -163,11 +196,11 @@ def table(variants):
     """The comparison as Markdown, a row a variant; and a sentence for each variant against the first."""
     first = next(iter(variants))
     target = variants[first][0]["summary"]["target"]
-    score_by_seed = lambda runs: {run["args"]["seeds"][0]: run["summary"]["test_acc"] for run in runs}
-    scores = {name: score_by_seed(runs) for name, runs in variants.items()}
+    scores = {name: {pair_of(run): run["summary"]["test_acc"] for run in runs} for name, runs in variants.items()}
+    folds = any(run["args"]["folds"] for runs in variants.values() for run in runs)
     reached = [f"epochs to {target:g}", f"seconds to {target:g}"] if target else []
-    rows = [["variant", "n", "test accuracy, best by valid", "test accuracy, last", "valid accuracy",
-             *reached, "seconds", f"against {first}"]]  # fmt: skip
+    rows = [["variant", "n", "test accuracy, best by valid", *["accuracy on all images"] * folds,
+             "test accuracy, last", "valid accuracy", *reached, "seconds", f"against {first}"]]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     verdicts = []
     for name, runs in variants.items():
@@ -175,12 +208,19 @@ def table(variants):
         if target:
             forms |= {"epochs_to_target": "{:.1f}" if len(runs) > 1 else "{:.0f}", "seconds_to_target": "{:.0f}"}
         forms |= {"train_seconds": "{:.0f}"}
-        cells = [spread([run["summary"][key] for run in runs], form) for key, form in forms.items()]
-        against, seeds = "", [seed for seed in scores[name] if seed in scores[first]]
-        if name != first and seeds:
-            mean, half = interval(*([scores[variant][seed] for seed in seeds] for variant in (name, first)))
+        mark = " *" if any(map(disturbed, runs)) else ""
+        cells = [
+            spread([run["summary"][key] for run in runs], form) + mark * key.endswith("seconds")
+            for key, form in forms.items()
+        ]
+        if folds:
+            pooled = on_all_images(runs)
+            cells.insert(1, spread(pooled) if any(pooled) else "")
+        against, pairs = "", [pair for pair in scores[name] if pair in scores[first]]
+        if name != first and pairs:
+            mean, half = interval(*([scores[variant][pair] for pair in pairs] for variant in (name, first)))
             against = f"{mean:+.4f}" + (f" ± {half:.4f}" if half is not None else "")
-            verdicts.append(verdict(first, name, mean, half, len(seeds)))
+            verdicts.append(verdict(first, name, mean, half, len(pairs)))
         rows.append([name, str(len(runs)), *cells, against])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), verdicts
 
@@ -199,28 +239,44 @@ def report(folders, out, show=False):
     (variants, differ), rows, curves = by_variant(runs), [], {}
     for name, group in variants.items():
         for run in group:
-            more = dict(variant=name, seed=run["args"]["seeds"][0], last_train_acc=run["rows"][-1]["train_acc"])
-            rows.append({**run["summary"], **more, "folder": Path(os.path.relpath(run["folder"], out)).as_posix()})
+            more = dict(variant=name, last_train_acc=run["rows"][-1]["train_acc"], other_load=None)
+            more |= dict(zip(("seed", "fold"), pair_of(run)))
+            rows.append({**more, **run["summary"], "folder": Path(os.path.relpath(run["folder"], out)).as_posix()})
         curves[name] = [(row["epoch"], row["seconds"], row["test_acc"]) for run in group for row in run["rows"]]
     write_csv(out / "comparison.csv", rows, COLUMNS)
     text, notes = table(variants)
-    if missing:
-        notes.append(f"Not finished, and left out: {', '.join(missing)}.")
-    if len({run["env"]["data_fingerprint"] for run in runs}) > 1:
-        notes.append("These runs saw different images: the comparison is not fair.")
-    if "test" in {run["summary"]["chosen_on"] for run in runs}:
-        notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
-    lengths = " and ".join(map(str, sorted({len(run["rows"]) for run in runs})))
-    notes.append(
-        f"What differs: {', '.join(differ) or 'seeds alone'}. Runs of {lengths} epochs; mean ± standard deviation over "
-        "n seeds; differences are paired by seed, with 95% intervals (Student's t)."
-    )
+    notes += remarks(runs, missing, differ)
     title = out.resolve().name
     write(out / "comparison.md", "\n\n".join([f"# {title}", text, *notes]) + "\n")
     finals = {name: [run["summary"]["test_acc"] for run in group] for name, group in variants.items()}
     write_figure(out / "comparison.png", plots.comparison(curves, title, runs[0]["summary"]["target"], finals))
     page = pages.write(out, show=show)
     print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
+
+
+def remarks(runs, missing, differ):
+    """What must be known to read the table of `runs`, in sentences; `differ` names the settings that differ."""
+    notes, folds = [], {run["args"]["folds"] for run in runs} - {0}
+    if missing:
+        notes.append(f"Not finished, and left out: {', '.join(missing)}.")
+    seen = {(run["args"]["fold"], run["env"]["data_fingerprint"]) for run in runs}  # it follows the order of the sets
+    if len(seen) > len({fold for fold, _ in seen}):
+        notes.append("These runs saw different images: the comparison is not fair.")
+    if "test" in {run["summary"]["chosen_on"] for run in runs}:
+        notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
+    if any(map(disturbed, runs)):
+        notes.append(f"*: other programs took more than {DISTURBED} cores meanwhile, so the seconds are too many.")
+    if folds:
+        notes.append(
+            "Folds share training images, so deviations and intervals over them are too small (Nadeau & Bengio, 2003)."
+        )
+    lengths = " and ".join(map(str, sorted({len(run["rows"]) for run in runs})))
+    over, by = ("seeds and folds", "seed and fold") if folds else ("seeds", "seed")
+    notes.append(
+        f"What differs: {', '.join(differ) or f'{over} alone'}. Runs of {lengths} epochs; mean ± standard deviation "
+        f"over n {over}; differences are paired by {by}, with 95% intervals (Student's t)."
+    )
+    return notes
 
 
 @command

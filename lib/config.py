@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lib.cli import BadInput, Parser, brief, guess, is_text, one_line, read_json
+from lib.cli import BadInput, Parser, brief, guess, is_text, one_line, read_json, read_yaml
 
 Auto = Literal["auto"]
 AUGMENTS = ("standard", "photo", "none")
@@ -21,6 +21,7 @@ OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one
 MONITORS = ("valid_loss", "valid_acc", "macro_f1", "train_loss", "train_acc")
 KEEP = ("valid_acc", "valid_loss", "macro_f1")
+FEW_VALID = 100  # valid images below which --keep auto goes by their loss
 CAMS = ("gradcam", "gradcam++", "hirescam", "layercam", "xgradcam", "eigencam")
 SUGGESTIONS = ("sixth", "valley", "steep", "minimum", "slide")  # ours, and fastai's
 SCHEDULES = ("plateau", "one_cycle", "constant", "triangular", "triangular2", "warm_restarts", "flat_cos", "grow_batch")
@@ -37,8 +38,8 @@ FREE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
 BEHIND_TEST = """schedule epochs keep stop_after monitor patience_epochs factor min_lr threshold threshold_mode
     cooldown_epochs warmup_epochs pct_start div div_final max_momentum min_momentum cycle_length cycle_mult cycle_div
     max_batch_size ema target gallery cam name out""".split()
-RESOLVED = ("threads", "precision", "size", "batch_size")  # a resumed run keeps what `auto` became
-MOST_VARIANTS, MOST_NAME, MOST_TEXT = 1000, 120, 10**6  # in a comparison; characters of its folder, and of a YAML file
+RESOLVED = ("threads", "precision", "size", "batch_size", "keep")  # a resumed run keeps what `auto` became
+MOST_VARIANTS, MOST_NAME = 1000, 120  # in a comparison; characters of its folder
 
 # The defaults of the settings that say None below. A source of images has its own, and so have other settings' values.
 COMMON = dict(
@@ -81,9 +82,10 @@ class Config:
     model: str = option(None, f"{', '.join(MODELS)}, torchvision's such as resnet18, timm/NAME (medium; digits small)")
     pretrained: str = option("", "start from weights: the library's, or FILE (.pth, .safetensors)", alone="torchvision")
     freeze_epochs: int = option(None, "epochs in which only the head learns (1 with --pretrained)", low=0)
-    small_epochs: int = option(0, "first epochs, on images of 3/4 of the side: progressive resizing", low=0)
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
     valid_pct: float = option(0.1, "share of training images held out to choose with; 0: test chooses", low=0, high=0.9)
+    folds: int = option(0, "so many runs, each of which tests on another part of the images; 0: none", low=0, high=100)
+    fold: int = option(0, "which of the folds is test, in a single run; 0: all, a run each", low=0, high=100)
     lr: float | Literal["find"] = option("find", "learning rate: a number, or find (range test)", low=1e-12)
     lr_suggest: Literal[*SUGGESTIONS] = option("sixth", "which suggestion of the range test is used")
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
@@ -96,7 +98,9 @@ class Config:
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
-    keep: Literal[*KEEP] = option("valid_acc", "what is best in the epoch whose weights are kept")
+    keep: Literal["auto", *KEEP] = option(
+        "auto", f"what is best in the epoch kept; auto: valid_acc, with under {FEW_VALID} valid images valid_loss"
+    )
     stop_after: int = option(0, "stop after so many epochs in which --monitor is no better; 0: never", low=0)
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
@@ -143,7 +147,7 @@ class Config:
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")
     progress: bool = option(True, "progress bar, on a terminal")
-    log: Literal["none", "tensorboard"] = option("none", "a log beside the run's own files, in its folder")
+    log: Literal["none", "tensorboard", "wandb", "mlflow"] = option("none", "where each epoch is logged too")
     open: bool = option(False, "open report.html in the browser; it follows the training")
 
     def __post_init__(self):
@@ -158,14 +162,14 @@ class Config:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:
             raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
-        if self.small_epochs >= self.epochs:
-            raise BadInput(f"--small-epochs: must be fewer than the {self.epochs} epochs, not {self.small_epochs}")
         if self.mixup and self.cutmix:
             raise BadInput("--mixup, --cutmix: pass one of them, not both")
+        if self.folds == 1 or self.fold > self.folds:
+            raise BadInput("--folds: must be 2 or more, and --fold one of them")
         if self.freeze_epochs and not self.pretrained:
             raise BadInput("--freeze-epochs: needs --pretrained; fresh weights are not worth keeping")
         if self.pretrained == "torchvision" and self.model in MODELS:
-            raise BadInput(f"--pretrained: torchvision has none for {self.model!r}; pass --model resnet18, or FILE")
+            raise BadInput(f"--pretrained: {self.model!r} has none; pass --model resnet18 or timm/NAME, or FILE")
         if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
             raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
 
@@ -241,22 +245,14 @@ def parser():
         nargs = "+" if name in ("seeds", *AXES) else "?" if alone else None
         p.add_argument(*flags, help=text.replace("%", "%%"), metavar=metavar, nargs=nargs, const=alone)
     p.add_argument("-c", "--config", metavar="FILE", help="settings from a YAML file such as args.yaml; flags win")
-    p.add_argument("--smoke", action="store_true", help="the whole line in seconds: digits, 2 epochs; flags win")
+    p.add_argument("--smoke", action="store_true", help="try the whole line on digits, half a minute or so; flags win")
     return p
 
 
 def read_file(path):
     """The settings in a YAML file. Raises BadInput where it cannot be read or has an unknown key."""
-    import yaml
-
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read(MOST_TEXT + 1)
-        if len(text) > MOST_TEXT:
-            raise ValueError(f"more than {MOST_TEXT:,} characters")
-        settings = yaml.safe_load(text) or {}
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no 'setting: value' lines")
+        settings = read_yaml(path)
     except Exception as e:  # PyYAML raises its own, and what its constructors meet: IndexError, RecursionError, …
         raise BadInput(f"--config {path}: cannot be read ({one_line(e)}); repair it, or pass another") from None
     for name, value in settings.items():
@@ -278,7 +274,7 @@ def read_args(path):
 def read(argv):
     """The settings that a command line gives, by name: flags win over the file, the file over defaults."""
     flags = vars(parser().parse_args(argv))
-    smoke = {"data": "digits", "epochs": 2} if flags.pop("smoke", False) else {}
+    smoke = {"data": "digits", "epochs": 2, "lr_iters": 40, "gallery": 4} if flags.pop("smoke", False) else {}
     path = flags.pop("config", None)
     settings = {**(read_args(path) if path else {}), **smoke, **flags}
     lists = {name: settings[name] for name in AXES if isinstance(settings.get(name), list)}
@@ -337,12 +333,15 @@ def variants(argv=None):
     for values in itertools.product(*axes.values()):
         config = Config(**{**settings, **dict(zip(axes, values))})
         names.append("-".join(str(getattr(config, name)) for name in axes or ["schedule"]).replace("/", "-"))
-        configs += [dataclasses.replace(config, seeds=(seed,), name=f"{names[-1]}-s{seed}") for seed in config.seeds]
+        folds = [config.fold] if config.fold else range(1, config.folds + 1) or [0]
+        for seed, fold in itertools.product(config.seeds, folds):
+            name = f"{names[-1]}-s{seed}" + f"-f{fold}" * (fold > 0)
+            configs.append(dataclasses.replace(config, seeds=(seed,), fold=fold, name=name))
     if len(configs) == 1:
         return [config]
     if len(set(names)) < len(names):
         raise BadInput(f"{', '.join(map(flag_of, axes))}: a value is there twice")
-    folder = f"{data_name(config)}-{'_vs_'.join(names)}"
+    folder = f"{data_name(config)}-{'_vs_'.join(names)}" + f"-{config.folds}-folds" * (config.folds > 0)
     if len(folder) > MOST_NAME:  # two lists that begin alike must not share a folder
         folder = f"{folder[: MOST_NAME - 9]}-{zlib.crc32(folder.encode()):08x}"
     return [dataclasses.replace(c, out=os.path.join(c.out, config.name or folder)) for c in configs]

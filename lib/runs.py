@@ -9,13 +9,14 @@ import os
 import tempfile
 import warnings
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
 from lib.cli import BadInput, one_line, printable, read_json
-from lib.config import RESOLVED, data_name, read_file
+from lib.config import FEW_VALID, RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
 ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
@@ -106,32 +107,11 @@ class Run:
         self.env.update(facts)
         write_json(self / "env.json", self.env)
 
-    def save_rows(self, rows):
-        """Writes results.csv, a row an epoch."""
-        write_csv(self / "results.csv", rows)
-
-    def save_skipped(self, skipped):
-        """Writes skipped.csv, where images were left out."""
-        if skipped:
-            write_table(self / "skipped.csv", ("file", "reason"), skipped)
-
-    def save_augmentation(self, text):
-        """Writes augment.yaml, the albumentations pipeline as `A.save` has it."""
-        write(self / "augment.yaml", text)
-
-    def save_model_card(self, card):
-        """Writes weights/model.json, which rebuilds the network."""
-        write_json(self / "weights/model.json", card)
-
-    def save_weights(self, content):
-        """Writes weights/best.safetensors."""
-        write(self / "weights/best.safetensors", content)
-
 
 class Elsewhere:
     """The run on a rank that writes nothing: it has no paths."""
 
-    path = save_weights = None
+    path = None
 
     def __truediv__(self, name):
         return None
@@ -139,28 +119,42 @@ class Elsewhere:
 
 def check_log(kind):
     """Raises BadInput where the package that `--log` names is not installed."""
-    if kind == "tensorboard" and not find_spec(kind):
-        raise BadInput("--log tensorboard: is not installed; uv run --with tensorboard train_fastai.py …")
+    if kind != "none" and not find_spec(kind):
+        raise BadInput(f"--log {kind}: is not installed; uv run --with {kind} train_fastai.py …")
+
+
+def writer(kind, folder):
+    """A function that takes an epoch's row to a log of the run `folder`, through the package `kind`."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter  # imports torch
+
+        board = SummaryWriter(folder / kind)
+        return lambda row: [*(board.add_scalar(k, v, row["epoch"]) for k, v in row.items()), board.flush()]
+    package, settings = import_module(kind), read_file(folder / "args.yaml")
+    if kind == "wandb":
+        once = dict(reinit="finish_previous")  # in a comparison
+        run = package.init(project="train_fastai", name=folder.name, dir=folder, config=settings, **once)
+        return lambda row: run.log(row, step=row["epoch"])
+    package.end_run()
+    package.start_run(run_name=folder.name)
+    package.log_params(settings)
+    return lambda row: package.log_metrics(row, step=row["epoch"])
 
 
 def logger(kind, folder):
-    """A function that logs the last of the rows it is given, an epoch's, to `folder`; for "none" it does nothing."""
+    """A function that logs the last of the rows it is given, an epoch's; for "none" it does nothing."""
+
+    def attempt(function, *args):
+        try:
+            return function(*args)
+        except Exception as e:  # each package raises its own
+            remedy = "mend that, or go on with --resume and --log none"
+            raise BadInput(f"--log {kind}: cannot be written ({one_line(e)}); {remedy}") from None
+
     if kind == "none":
         return lambda rows: None
-    from torch.utils.tensorboard import SummaryWriter  # imports torch
-
-    writer = SummaryWriter(folder)
-
-    def log(rows):
-        try:
-            for name, value in rows[-1].items():
-                writer.add_scalar(name, value, rows[-1]["epoch"])
-            writer.flush()
-        except OSError as e:
-            text = f"cannot be written ({e.strerror}); make room, and go on with --resume and --log none"
-            raise BadInput(f"{folder}: {text}") from None
-
-    return log
+    log = attempt(writer, kind, folder)
+    return lambda rows: attempt(log, rows[-1])
 
 
 def check_out(config, size=1):
@@ -181,7 +175,8 @@ def check_out(config, size=1):
 def start(config, **facts):
     """A new run folder under `config.out` (-2, -3 … behind a name that is taken), made with args.yaml and env.json."""
     optimizer = "" if config.optimizer == "sgd" else f"-{config.optimizer}"
-    name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}"
+    fold = f"-f{config.fold}" if config.fold else ""
+    name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}{fold}"
     out = Path(config.out).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -218,11 +213,6 @@ def reopen(config, **facts):
     return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
 
-def open(config, asked, facts):
-    """The run folder that `config` resumes, or a new one, whose args.yaml holds the settings as `asked`."""
-    return reopen(config, **facts) if config.resume else start(asked, **facts)
-
-
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
     try:
@@ -254,8 +244,10 @@ def facts(config, dls, model, machine):
         "images": {name: len(getattr(dls, name).dataset) for name in ("train", "valid", "test")},
         "skipped": len(dls.store.skipped),
         "classes": list(dls.vocab),
+        "sets": dls.sets,
+        "keep": config.keep,
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
-        "data_fingerprint": dls.store.fingerprint(),
+        "data_fingerprint": dls.store.fingerprint,
         "params": sum(p.numel() for p in model.parameters()),
         **({"levels": dls.store.levels} if dls.store.levels else {}),
     }
@@ -268,13 +260,17 @@ def banner(config, facts, where):
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
     if "levels" in facts:
         images += "; of more than 8 bits, {:g} is black and {:g} white".format(*facts["levels"])
-    side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
+    side, classes = facts["size"], facts["classes"]
+    few, n = "", facts["images"]["valid"]
+    if n < FEW_VALID:
+        few = f"\n{n} valid images are few to choose with: one of them is {1 / n:.3f} of accuracy, and the standard "
+        few += f"error of an accuracy of 0.5 is {0.5 / math.sqrt(n):.3f}; the weights are kept by {facts['keep']}"
     names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
-    at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
-        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels{at_first}\n"
+        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels\n"
+        f"sets: {printable(facts['sets'])}{few}\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lib import compare, config, train
 from lib.cli import BadInput
 from lib.train import progress, recorder
-from tests.conftest import fingerprint
+from tests.conftest import SMALL, fingerprint
 from train_fastai import main
 
 ARGS = "--size 32 --model small --epochs 2 -b 16 --gallery 0 --schedule plateau one_cycle --seeds 0 1".split()
@@ -114,10 +114,52 @@ def test_epochs_to_the_target_are_whole_for_one_run_and_a_mean_for_more():
     scores = dict(
         test_acc=0.9, last_test_acc=0.9, valid_acc=0.9, seconds_to_target=60.0, train_seconds=90.0, target=0.88
     )
-    run = lambda seed, epochs: {"args": {"seeds": [seed]}, "summary": {**scores, "epochs_to_target": epochs}}
+    args = lambda seed: {"seeds": [seed], "folds": 0, "fold": 0}
+    run = lambda seed, epochs: {"args": args(seed), "summary": {**scores, "epochs_to_target": epochs}}
     assert "| 25 | 60 | 90 |" in compare.table({"plateau": [run(0, 25)]})[0]
     assert "| 24.5 ± 0.7 | 60 ± 0 |" in compare.table({"plateau": [run(0, 24), run(1, 25)]})[0]
     assert "| never | 60 |" in compare.table({"plateau": [run(0, None)]})[0]
+
+
+def test_seconds_of_a_run_that_was_disturbed_are_marked():
+    summary = dict.fromkeys(("test_acc", "last_test_acc", "valid_acc"), 0.9) | {"train_seconds": 90.0, "target": 0}
+    run = lambda seed, **more: {"args": {"seeds": [seed], "folds": 0, "fold": 0}, "summary": summary | more}
+    for load, mark in ((0.3, " *"), (0.2, ""), (None, "")):
+        assert f"| 90 ± 0{mark} |" in compare.table({"x": [run(0), run(1, other_load=load)]})[0]
+
+
+def test_folds_are_runs_of_a_comparison(photos, tmp_path, capsys):
+    argv = [
+        "--data",
+        photos,
+        "--out",
+        tmp_path,
+        "--name",
+        "x",
+        "--folds",
+        2,
+        "--seeds",
+        0,
+        1,
+        *SMALL,
+        "--lr",
+        0.02,
+        0.05,
+    ]
+    assert main([*map(str, argv)]) == 0
+    rows = rows_of(tmp_path / "x/comparison.csv")
+    assert [(row["variant"], row["seed"], row["fold"]) for row in rows] == [
+        (lr, seed, fold) for lr in ("0.02", "0.05") for seed in "01" for fold in "12"
+    ]
+    text = (tmp_path / "x/comparison.md").read_text()
+    assert "different images" not in text and "paired by seed and fold" in text and "too small" in text
+    wrong = [len(rows_of(tmp_path / f"x/0.02-s{seed}-f{fold}/mistakes.csv")) for seed in "01" for fold in "12"]
+    right = [1 - sum(wrong[i : i + 2]) / 16 for i in (0, 2)]
+    line = next(line for line in text.split("\n") if line.startswith("| 0.02 | 4 | "))
+    assert line.split(" | ")[3] == f"{np.mean(right):.4f} ± {np.std(right, ddof=1):.4f}"
+    assert [c.fold for c in config.variants(["--folds", "3", "--fold", "2"])] == [2]
+    assert main(["--folds", "1"]) == 2 and main(["--fold", "1"]) == 2
+    assert capsys.readouterr().err.count("error: --folds: must be 2 or more, and --fold one of them") == 2
 
 
 def test_a_variant_that_diverges_is_named_and_the_others_compared(bands, tmp_path, capsys):
@@ -159,7 +201,7 @@ def test_intervals_are_students(pairs):
 
 
 def test_equal_and_single_scores_have_a_sentence(recwarn):
-    assert compare.verdict("x", "y", *compare.interval([0.5, 0.7], [0.5, 0.7]), 2) == "y equals x in all 2 seeds."
+    assert compare.verdict("x", "y", *compare.interval([0.5, 0.7], [0.5, 0.7]), 2) == "y equals x in all 2 pairs."
     mean, half = compare.interval([0.75, 0.5], [0.5, 0.25])  # always as much better: no width
     assert (mean, half) == (0.25, 0) and "y is better than x by 0.2500" in compare.verdict("x", "y", mean, half, 2)
     assert compare.interval([0.75], [0.5]) == (0.25, None) and not recwarn.list
@@ -221,7 +263,7 @@ def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_
 
 
 def fake(seed=0, **args):
-    known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed]}
+    known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed], "fold": 0}
     return {"args": known, "folder": f"{args}-{seed}"}
 
 

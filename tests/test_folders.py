@@ -27,11 +27,61 @@ FEW = {"a": 3, "b": 3}
 )  # fmt: skip
 def test_sets_by_the_names_that_people_use(train, held, tmp_path, capsys):
     root = folders.enter(tree(tmp_path, {f"pack/{train}": CLASSES, f"pack/{held}": FEW}))
-    sets = folders.find_images(root, 0.1, 0)
-    assert [len(images) for images in sets] == [22, 2, 6] and {name for _, name in sets[0]} == {"a", "b"}
-    assert {p.relative_to(root).parts[0] for p, _ in sets[2]} == {held.split("/")[0]}
+    sets, is_test = folders.find_images(root, 0.1, 0), "test" in held
+    assert [len(images) for images in sets] == ([22, 2, 6] if is_test else [20, 6, 4])
+    assert all({name for _, name in images} == {"a", "b"} for images in sets)
+    assert {p.relative_to(root).parts[0] for p, _ in sets[1 + is_test]} == {held.split("/")[0]}
     assert loader.get_dls(Config(data=str(tmp_path), size=16)).vocab == ["a", "b"]
     assert capsys.readouterr().out == ""
+
+
+SAYS = {  # sets that are there, --valid-pct: what is said of them
+    ("train", "val", "test", 0.1): "train/ is train, val/ is valid, test/ is test",
+    ("train", "val", 0.1): "val/ is valid; there is no test/; held out of train/: 20% of each class is test",
+    ("train", "val", 0): "val/ is valid; there is no test/; one set is both valid and test (--valid-pct 0)",
+    ("train", "testing", 0.25): "test; there is no valid/; held out of train/: 25% of each class is valid",
+    ("train", 0.1): "train/ is train; there is no valid/ and no test/; held out of train/: 20% of each class is test, "
+    "10% of the rest is valid",
+    ("", 0.1): "its folders are classes; there is no valid/ and no test/; 20% of each class is test, 10% of the rest "
+    "is valid",
+    ("", 0): "no test/; 20% of each class is test, one set is both valid and test (--valid-pct 0)",
+}
+
+
+@pytest.mark.parametrize("layout", SAYS, ids=str)
+def test_a_line_says_which_folder_is_which_set_and_it_is_true(layout, tmp_path):
+    *names, pct = layout
+    root = tree(tmp_path, {name: CLASSES for name in names})
+    assert folders.told_sets(root, pct).endswith(SAYS[layout])
+    train, valid, test = map(set, folders.find_images(root, pct, 0))
+    assert not train & (valid | test) and (valid == test if pct == 0 else not valid & test)
+    held = {"20%": 4, "10%": 2, "25%": 6}
+    assert len(test) == (held["20%"] if "20%" in SAYS[layout] else 24)
+    assert len(valid) == next(
+        (held[part] for part in ("10%", "25%") if part in SAYS[layout]), len(test) if not pct else 24
+    )
+    assert len(train | valid | test) == 24 * len(names)
+
+
+def test_every_image_is_in_one_fold_and_every_class_in_each(tmp_path):
+    root = tree(tmp_path, {"": {"a": 20, "b": 10}})
+    sets = [folders.find_images(root, 0.1, 0, folds=5, fold=fold) for fold in range(1, 6)]
+    assert sorted(sum((test for _, _, test in sets), [])) == sorted(sum(folders.find_images(root, 0.1, 0), []))
+    for train, valid, test in sets:
+        assert [sum(name == c for _, name in test) for c in "ab"] == [4, 2]
+        assert len({*train, *valid, *test}) == 30 and {name for _, name in valid} == {"a", "b"}
+    assert folders.find_images(root, 0.1, 1, folds=5, fold=1) != sets[0] == folders.find_images(root, 0.1, 0, 5, 1)
+    assert "fold 2 of 5 is test, 10% of the rest is valid" in folders.told_sets(root, 0.1, 5, 2)
+
+
+def test_folds_that_make_no_sense_are_refused(tmp_path):
+    root = tree(tmp_path / "x", {"train": {"a": 6, "b": 9}, "val": FEW})
+    with pytest.raises(BadInput, match=f"--folds: {root} has val/ already; pass --data {root / 'train'} for"):
+        folders.find_images(root, 0.1, 0, 5, 1)
+    with pytest.raises(BadInput, match="1 of 2 classes .* fewer than 7: 'a' has 6"):
+        folders.find_images(root / "train", 0.1, 0, 5, 1)
+    with pytest.raises(BadInput, match="--fold: which of the 5"):
+        folders.find_images(root / "train", 0.1, 0, 5)
 
 
 @pytest.mark.parametrize("name", ["training wheels", "evaluator", "latest", "trainers", "test tubes"])

@@ -4,13 +4,11 @@ import csv
 import io
 import json
 import os
-import pickletools
 import pty
+import re
 import select
 import shutil
 import sys
-import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -267,7 +265,7 @@ def test_bad_input_is_one_line_that_names_it(trained, tmp_path, capsys):
     for argv, words in cases:
         status, _, err = table(argv, capsys)
         assert status == 2 and words in err and err.count("\n") == 1, (argv, err)
-    assert export.main([str(tmp_path / "no-run"), "--to", "fastai"]) == 2
+    assert export.main([str(tmp_path / "no-run")]) == 2
     assert "no such run folder" in capsys.readouterr().err
 
 
@@ -280,27 +278,6 @@ def test_help_is_short(module, capsys):
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
-
-
-def test_load_learner_predicts_the_same_without_this_project(trained, evaluated, capsys):
-    from fastai.learner import load_learner
-
-    run, _ = trained
-    paths, _, p = evaluated
-    assert export.main([str(run), "--to", "fastai"]) == 0
-    assert "warning: loading a pickle runs the code in it" in capsys.readouterr().out
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        learn = load_learner(run / "export.pkl")
-    found, _ = learn.get_preds(dl=learn.dls.test_dl(paths))
-    assert np.abs(found.numpy() - p).max() < 1e-6
-    name, k, one = learn.predict(paths[3])
-    assert name == predict.load(run).classes[p[3].argmax()] and k == p[3].argmax() and np.allclose(one, p[3], atol=1e-6)
-    assert list(learn.dls.vocab) == predict.load(run).classes
-    with zipfile.ZipFile(run / "export.pkl") as archive:
-        content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
-    named = {arg.split(" ")[0] for op, arg, _ in pickletools.genops(content) if op.name == "GLOBAL"}
-    assert "torch._utils" in named and not [m for m in named if m == "lib" or m.startswith("lib.")]
 
 
 def test_onnx_without_its_packages_says_what_to_install(trained, monkeypatch, capsys):
@@ -317,13 +294,25 @@ def test_onnx_gives_torchs_probabilities(trained, evaluated, capsys):
     run, _ = trained
     paths, _, p = evaluated
     assert export.main([str(run), "--to", "onnx"]) == 0
-    assert "within" in capsys.readouterr().out
+    assert re.search(r"within .* on 6 valid images$", capsys.readouterr().out.strip())
     session = runtime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
     for n in (1, len(paths)):
         images = np.stack([centre(read(path, 32), 32) for path in paths[:n]])
         assert np.abs(session.run(None, {"images": images})[0] - p[:n]).max() < 1e-5
     notes = session.get_modelmeta().custom_metadata_map
     assert json.loads(notes["classes"]) == predict.load(run).classes and "shorter side" in notes["resize"]
+
+
+def test_onnx_is_checked_on_images_of_the_run(trained, tmp_path):
+    run, root = trained
+    predictor, config = predict.load(run, "cpu"), settings.parse(["-c", str(run / "args.yaml")])
+    dls = loader.get_dls(config)
+    seen = [centre(dls.store[i], 32) for i in dls.valid.ids]
+    assert np.array_equal(export.examples(predictor, run), np.stack(seen))
+    assert len(export.examples(predictor, run, 3)) == 3
+    shutil.copytree(run, tmp_path / "x")
+    (tmp_path / "x/args.yaml").write_text(f"data: {tmp_path / 'gone'}")
+    assert export.examples(predictor, tmp_path / "x") is None
 
 
 def test_onnx_that_differs_is_not_written(trained, monkeypatch, capsys):

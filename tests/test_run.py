@@ -5,11 +5,13 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from lib import runs
 from lib.cli import BadInput
 from lib.config import Config
 from lib.data import folders
-from tests.conftest import save
+from lib.train.averaging import resolved
+from tests.conftest import SMALL, save
 from train_fastai import main
 
 ROOT = Path(__file__).parent.parent
@@ -40,13 +43,13 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory, cache):
-    """(run folder, stdout, seconds) of `train_fastai.py --smoke` as a process of its own."""
-    out, start = tmp_path_factory.mktemp("runs"), time.perf_counter()
-    command = [sys.executable, "train_fastai.py", "--smoke", "--precision", "float32", "--threads", 2, "--out", out]
+    """(run folder, stdout, seconds of work) of `train_fastai.py --smoke` as a process of its own."""
+    out, start = tmp_path_factory.mktemp("runs"), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, "train_fastai.py", "--smoke", "--precision", "float32", "--threads", 1, "--out", out]
     command += ["--cache", cache]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    return out / "digits-plateau-s0", done.stdout, time.perf_counter() - start
+    return out / "digits-plateau-s0", done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
 
 
 def test_smoke_makes_every_file_within_a_minute(smoke):
@@ -114,7 +117,7 @@ def test_lr_find_equals_lr_x_to_the_bit(smoke, tmp_path, cache):
         "--lr",
         repr(lr),
         "--threads",
-        2,
+        1,
         "--out",
         tmp_path,
         "--cache",
@@ -152,7 +155,7 @@ def test_the_weights_reload_in_plain_torch(smoke):
 
 
 def test_photographs_of_mixed_sizes_in_train_and_val(tmp_path, cache):
-    """Two classes, train/ and val/: val is test, valid is held out of train, images become 128 x 128."""
+    """Two classes, train/ and val/: val is valid, test is held out of train, images become 128 x 128."""
     rng = np.random.default_rng(0)
     for where, n in (("train", 12), ("val", 5)):
         for k, name in enumerate(("night sky", "Grün & weiß")):
@@ -176,8 +179,34 @@ def test_photographs_of_mixed_sizes_in_train_and_val(tmp_path, cache):
     ]
     assert main([*map(str, argv), "--name", "photos-run"]) == 0
     env = json.loads((tmp_path / "photos-run/env.json").read_text())
-    assert env["images"] == {"train": 22, "valid": 2, "test": 10} and env["size"] == 128
-    assert all(row["file"].startswith("val/") for row in rows_of(tmp_path / "photos-run/mistakes.csv"))
+    assert env["images"] == {"train": 20, "valid": 10, "test": 4} and env["size"] == 128
+    assert all(row["file"].startswith("train/") for row in rows_of(tmp_path / "photos-run/mistakes.csv"))
+
+
+def test_with_few_valid_images_their_loss_chooses_unless_asked(tmp_path, bands, capsys):
+    argv = ["--data", bands, "--out", tmp_path, *SMALL, "--epochs", 2]
+    for name, more, by in (("auto", (), "loss"), ("asked", ("--keep", "valid_acc"), "accuracy")):
+        assert main([*map(str, argv), "--name", name, *more]) == 0
+        out, kept = capsys.readouterr().out, f"valid_{by[:4].replace('accu', 'acc')}"
+        few, rows = "8 valid images are few", rows_of(tmp_path / name / "results.csv")
+        assert (
+            f"{few} to choose with: one of them is 0.125 of accuracy, and the standard error of an accuracy of 0.5 is "
+        )
+        assert f"0.177; the weights are kept by {kept}\n" in out and f"best by valid {by} " in out
+        assert json.loads((tmp_path / name / "env.json").read_text())["keep"] == kept
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        one, other = (float(row["valid_acc"]) for row in rows)
+        p = (summary["valid_acc"] * 8 + 1) / 10
+        error = f"{(p * (1 - p) / 8) ** 0.5:.3f}, and the best two epochs differ by {abs(one - other):.3f}"
+        assert summary["chosen_by"] == by and f"best by valid {by} " in out
+        assert f"{few}: the standard error of their accuracy is {error}\n" in out
+
+
+@pytest.mark.parametrize("n, by", [(99, "valid_loss"), (100, "valid_acc")])
+def test_few_valid_images_are_fewer_than_100(n, by):
+    dls = SimpleNamespace(valid=SimpleNamespace(ids=range(n)), train=SimpleNamespace(bs=32))
+    config = resolved(Config(), dls)
+    assert (config.keep, config.batch_size) == (by, 32) and resolved(Config(keep="macro_f1"), dls).keep == "macro_f1"
 
 
 def test_valid_pct_0_says_that_test_chose(tmp_path, bands, cache, capsys):

@@ -4,10 +4,12 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from sklearn.model_selection import StratifiedKFold
 
 from lib.cli import BadInput, printable
 from lib.data.decode import EXTENSIONS, HEIF
@@ -211,19 +213,49 @@ def split_off(images, pct, seed):
     return [x for i, x in enumerate(images) if i not in held], [x for i, x in enumerate(images) if i in held]
 
 
-def find_images(root, valid_pct, split_seed, without=frozenset()):
-    """Three lists of (path, class) under `root`: train, valid, test. With valid_pct 0 and no valid set, valid is test.
+def fold_off(images, folds, fold, seed):
+    """Splits [(path, class)] into (rest, fold number `fold` of `folds`); scikit-learn's folds, a function of `seed`."""
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, [name for _, name in images])
+    return [[images[i] for i in part] for part in list(splits)[fold - 1]]
 
-    `train/` beside `valid/` and `test/`, or what others call them (SETS), is taken as it is; a single set beside
-    `train/` is test; plain class folders, or `train/` alone, give 20% of each class to test. What is held out is
-    stratified, by `split_seed`. `without` are images to leave out.
+
+def held_out(sets, valid_pct):
+    """Which of test and valid are held out of train: those that are not in `sets`; with valid_pct 0 one set is both."""
+    missing = [kind for kind in ("test", "valid") if kind not in sets]
+    return missing if valid_pct else missing[:-1]
+
+
+def told_sets(root, valid_pct, folds=0, fold=0):
+    """A line that says which folder of `root` is which set, and what the other sets are."""
+    sets = find_sets(root)
+    own = ", ".join(f"{p.relative_to(root).parts[0]}/ is {kind}" for kind, p in sets.items() if p != root)
+    missing, held = [f"{kind}/" for kind in ("valid", "test") if kind not in sets], held_out(sets, valid_pct)
+    notes = [f"fold {fold} of {folds} is test" if folds else f"{TEST_PCT:.0%} of each class is test"] * ("test" in held)
+    notes += [f"{100 * valid_pct:.3g}% of {'the rest' if notes else 'each class'} is valid"] * ("valid" in held)
+    notes += ["one set is both valid and test (--valid-pct 0)"] if missing and not valid_pct else []
+    of_train = "held out of train/: " if own and held else ""
+    gaps = f"; there is no {' and no '.join(missing)}; {of_train}{', '.join(notes)}" if missing else ""
+    return (own or "its folders are classes") + gaps
+
+
+def find_images(root, valid_pct, split_seed, folds=0, fold=0, without=frozenset()):
+    """Three lists of (path, class) under `root`: train, valid, test; with `folds`, test is fold number `fold` of them.
+
+    `train/`, `valid/` and `test/`, or what others call them (SETS), are taken as they are. What is missing is held out
+    of train, stratified, by `split_seed`: 20% of each class or a fold for test, then `valid_pct` for valid. With
+    valid_pct 0 one set is both. `without` are images to leave out.
     """
     folders = find_sets(root, tell=not without)
-    sets = [scan(folder, without) for folder in folders.values()]
-    if not sets[0]:
+    if folds and len(folders) > 1:
+        names = " and ".join(folder.name + "/" for kind, folder in folders.items() if kind != "train")
+        raise BadInput(f"--folds: {root} has {names} already; pass --data {folders['train']} for folds of its images")
+    if folds and not fold:
+        raise BadInput(f"--fold: which of the {folds} folds is test? Pass a number from 1")
+    sets = {kind: scan(folder, without) for kind, folder in folders.items()}
+    if not sets["train"]:
         raise BadInput(f"{root}: no images in class folders; expected <class>/<image>, or train/<class>/<image>")
-    counts = Counter(name for _, name in sets[0])
-    for folder, images in zip(folders.values(), sets):
+    counts = Counter(name for _, name in sets["train"])
+    for folder, images in zip(folders.values(), sets.values()):
         if not images:
             raise BadInput(f"{folder}: no images in class folders; fill it or remove it")
         for path, name in images:
@@ -233,14 +265,15 @@ def find_images(root, valid_pct, split_seed, without=frozenset()):
                 )
     if len(counts) < 2:
         raise BadInput(f"{root}: only one class ({min(counts)!r}); a classifier needs at least two class folders")
-    if len(sets) == 3:
-        return tuple(sets)
-    needed = 1 + (len(sets) == 1) + (valid_pct > 0)
+    held = held_out(sets, valid_pct)
+    needed = 1 + ("test" in held) * max(folds, 1) + ("valid" in held)
     if small := {name: n for name, n in sorted(counts.items()) if n < needed}:
         which = brief(f"{name!r} has {n}" for name, n in small.items())
         text = f"{len(small):,} of {len(counts):,} classes have too few images to hold some out, fewer than {needed}"
         raise BadInput(f"{root}: {text}: {which}; add images, or remove these folders")
-    train, test = sets if len(sets) == 2 else split_off(*sets, TEST_PCT, split_seed)
-    if valid_pct == 0:
-        return train, test, test
-    return *split_off(train, valid_pct, split_seed + 1), test
+    if "test" in held:
+        split = partial(fold_off, folds=folds, fold=fold) if folds else partial(split_off, pct=TEST_PCT)
+        sets["train"], sets["test"] = split(sets["train"], seed=split_seed)
+    if "valid" in held:
+        sets["train"], sets["valid"] = split_off(sets["train"], valid_pct, split_seed + 1)
+    return sets["train"], sets.get("valid", sets.get("test")), sets.get("test", sets.get("valid"))

@@ -33,6 +33,8 @@ class Store:
     with the process.
     """
 
+    resize_rule = decode.RESIZE_RULE  # how an image file becomes pixels, in words
+
     def __init__(
         self,
         paths,  # image files
@@ -47,7 +49,8 @@ class Store:
         self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
         threads = threads or cores()
         facts = self.in_folder(Path(cache), threads, skip) if cache else self.unnamed(temporary, threads, skip)
-        self.hash, self.skipped = facts["fingerprint"], [(self.names[i], reason) for i, reason in facts["skipped"]]
+        self.fingerprint = facts["fingerprint"]  # a hash of names, shapes and pixels: 16 hexadecimal digits
+        self.skipped = [(self.names[i], reason) for i, reason in facts["skipped"]]
         self.levels = facts["levels"]  # that are black and white in images of more than 8 bits; None without such
         if self.skipped and not skip:  # in a file that another run has written
             raise BadInput(f"{Path(root, self.skipped[0][0])}: {self.skipped[0][1]}; {REMEDY}")
@@ -151,10 +154,6 @@ class Store:
         self.__dict__.update(state)
         if self.folder:
             self.map(self.folder / "pixels")
-
-    def fingerprint(self):
-        """A hash of names, shapes and pixels: 16 hexadecimal digits."""
-        return self.hash
 
     def stats(self, ids):
         """Mean and standard deviation a channel, in 0..1, over every pixel of images `ids`: two (3,) float arrays."""

@@ -4,9 +4,9 @@ import base64
 import io
 import math
 import time
-from collections import Counter
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import to_device
@@ -16,6 +16,7 @@ from sklearn import metrics
 
 from lib import models
 from lib.cli import duration, read_json
+from lib.config import FEW_VALID
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
@@ -89,13 +90,11 @@ def pictured(rows, gallery, most=100):
 
     They are the worst `gallery`, then the worst of each confusion, its second worst and so on: `most` in all.
     """
-    seen, turn = Counter(), {}
-    for row in rows:
-        pair = row["truth"], row["prediction"]
-        turn[row["rank"]] = seen[pair]
-        seen[pair] += 1
-    others = sorted(rows[gallery:], key=lambda row: turn[row["rank"]])[: max(most - gallery, 0) if gallery else 0]
-    return sorted(rows[:gallery] + others, key=lambda row: row["rank"])
+    if not (gallery and rows):
+        return []
+    turns = pd.DataFrame(rows).groupby(["truth", "prediction"]).cumcount()
+    turns[:gallery] = -1
+    return [rows[i] for i in sorted(turns.sort_values(kind="stable").index[:most])]
 
 
 def save_gallery(run, rows, images, why, where):
@@ -120,14 +119,11 @@ def save_gallery(run, rows, images, why, where):
     )
 
 
-def save_train_batch(learn, config, run, most=32):
+def save_train_batch(learn, run, most=32):
     """Writes train_batch.png: the first images of training as augmentation feeds them to the network."""
     dl = learn.dls.train
     x, y = dl.make_batch(dl.get_idxs()[:most])
     title = "What the network is fed: the first training images, augmented"
-    if config.small_epochs:
-        side = models.small_side(learn.dls.store.size)
-        title += f"\n(until epoch {config.small_epochs} at {side} x {side} pixels)"
     labels = [learn.dls.vocab[int(i)] for i in y]
     write_figure(run / "train_batch.png", plots.train_batch(x.permute(0, 2, 3, 1).numpy(), labels, title))
 
@@ -138,6 +134,7 @@ def range_test(learn, config, run):
     Returns the rate that `--lr-suggest` names, and the seconds of an update.
     """
     linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
+    print(f"range test: up to {config.lr_iters} batches, at growing rates …", flush=True)
     test = lr_range.find(learn, 1e-5, config.lr_high, config.lr_iters, linear=linear, on_valid=on_valid)
     suggestions, curves = test.suggestions, (test.lrs, test.losses, test.smooth_losses)
     write_table(run / "lr_find.csv", ("lr", "loss", "smooth_loss"), zip(*(curve.tolist() for curve in curves)))
@@ -191,21 +188,14 @@ def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
     }  # fmt: skip
 
 
-def rates_of(learn, rows):
-    """(steps, 3) array: place on the axis of epochs, learning rate and momentum of each step; None where some lack."""
-    steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
-    if sum(steps) != len(learn.recorder.steps):
-        return None
-    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
-    return np.column_stack([np.concatenate(places), learn.recorder.steps])
-
-
 def save_results(learn, config, run, rows, best_epoch, title):
     """Writes results.png."""
-    small = (config.small_epochs, models.small_side(learn.dls.store.size)) if config.small_epochs else None
+    steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
+    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
+    rates = np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
     plateaus, averaged = config.schedule in ("plateau", "grow_batch"), config.ema > 0
-    options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged, small=small)
-    shown = (config.target, best_epoch, run.env["chosen_on"], rates_of(learn, rows))
+    options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged)
+    shown = (config.target, best_epoch, run.env["chosen_on"], rates)
     write_figure(run / "results.png", plots.results(rows, title, *shown, **options))
 
 
@@ -215,12 +205,6 @@ def save_confusion(run, test, classes, title):
     table = [[name, *row] for name, row in zip(classes, counts.tolist())]
     write_table(run / "confusion_matrix.csv", ["truth", *classes], table)
     write_figure(run / "confusion_matrix.png", plots.confusion_matrix(counts, classes, title))
-
-
-def save_scores(run, test, classes):
-    """Writes classes.csv and calibration.csv of an outcome on test."""
-    write_csv(run / "classes.csv", scores.of_classes(*test[:2], classes))
-    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
 
 
 def save_mistakes(learn, config, run, test, images_of_test):
@@ -252,18 +236,32 @@ def report(learn, config, run, rows, best, start):
     also = "" if run.env["chosen_on"] == "valid" else ", which also chose the weights"
     images_of_test = f"{len(test[0]):,} test images{also}"
     save_results(learn, config, run, rows, best.epoch_number, title)
-    save_scores(run, test, list(learn.dls.vocab))
+    write_csv(run / "classes.csv", scores.of_classes(*test[:2], list(learn.dls.vocab)))
+    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
     summary |= {"other_load": learn.share_cores.other_load, "total_seconds": time.perf_counter() - start}
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)
-    print(closing(summary, explained, run.path, uneven), flush=True)
+    few = few_to_choose_with(rows, valid) if len(valid[0]) < FEW_VALID else ""
+    print(closing(summary, explained, run.path, uneven, few), flush=True)
 
 
-def closing(s, explained, path, uneven):
-    """The result in three lines, and where to look; a fourth where classes are `uneven`."""
+def few_to_choose_with(rows, valid):
+    """A line that holds the standard error of the accuracy on few valid images beside the difference that it decided.
+
+    It is binomial, at the accuracy after one more right and one more wrong, so that it is never 0.
+    """
+    n, right = len(valid[0]), (valid[1].argmax(1) == valid[0]).sum()
+    error = math.sqrt((right + 1) / (n + 2) * (n - right + 1) / (n + 2) / n)
+    best, *others = sorted((row["valid_acc"] for row in rows), reverse=True)
+    line = f"{n} valid images are few: the standard error of their accuracy is {error:.3f}"
+    return line + (f", and the best two epochs differ by {best - others[0]:.3f}\n" if others else "\n")
+
+
+def closing(s, explained, path, uneven, few=""):
+    """The result in three lines, and where to look; one more where classes are `uneven`, or valid images are `few`."""
     chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
     tta = "" if s["tta_test_acc"] is None else f"; with each image's mirror image (tta) {s['tta_test_acc']:.4f}"
     epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
@@ -274,7 +272,7 @@ def closing(s, explained, path, uneven):
     mistakes = f"{explained} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes to explain"
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
-        f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{balanced}"
+        f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{few}{balanced}"
         f"{target}{s['epochs']} epochs in {duration(s['train_seconds'])}, {s['images_per_second']:.0f} images/s; "
         f"{duration(s['total_seconds'])} in all, with reading, range test and explanations\n"
         f"{mistakes}; open {path / 'report.html'}"

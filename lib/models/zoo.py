@@ -28,7 +28,9 @@ MODELS = {
 def check(name, pretrained=""):
     """Raises BadInput where `name` is no network that can be had here, or `pretrained` is no file."""
     if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
-        raise BadInput(f"--pretrained {pretrained}: not found; pass a file of weights, or nothing for torchvision's")
+        network = "resnet18" if Path(pretrained).suffix else pretrained
+        remedy = f"pass a file of weights, or --model {network} --pretrained for those of a network"
+        raise BadInput(f"--pretrained {pretrained}: not found; {remedy}")
     if name in MODELS:
         return
     if name.startswith(TIMM):
@@ -168,7 +170,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
     """Raises BadInput where a batch, or a rank's part of one, is one image, and `model` cannot be trained on one.
 
     BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image. `sizes`
-    are the batch sizes that the run comes to, `n` counts the training images, whose side is `size` pixels or more.
+    are the batch sizes that the run comes to, `n` counts the training images, of `size` pixels.
     """
     leaves_one = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
     if not any(map(leaves_one, sizes)):
@@ -185,7 +187,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
         ) from None
 
 
-def card(name, dls, resize_rule, flip):
+def card(name, dls, flip):
     """The content of weights/model.json: what rebuilds the trained network, and how images become its input."""
     constructor, args = MODELS.get(name, (None, {}))
     theirs = name if name.startswith(TIMM) else f"torchvision.{name}"
@@ -196,8 +198,9 @@ def card(name, dls, resize_rule, flip):
         "size": dls.store.size,
         "mean": dls.mean.tolist(),
         "std": dls.std.tolist(),
-        "resize": resize_rule,
+        "resize": dls.store.resize_rule,
         "flip": flip,
+        "levels": dls.store.levels,
     }
 
 
