@@ -232,7 +232,7 @@ NOT_RUN = {
     "torchrun --nnodes 2": "needs two machines; test_ranks.py plays them",
     "python -m lib.predict runs/x --serve": "ends with Ctrl-C alone; test_serve.py starts it",
     "python -m lib.predict runs/weighted --serve": "the same",
-    "train_fastai.py --log tensorboard": "needs tensorboard; test_run.py has a stand-in",
+    "train_fastai.py --log": "needs the package of the log; test_report.py has stand-ins",
     "pytest": "these tests",
     "ruff": "changes this checkout; .ci/run checks it",
     ".ci/": "changes this checkout; .ci/run checks it",
