@@ -6,6 +6,7 @@ uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a compari
 uv run train_fastai.py --help                every setting
 """
 
+import functools
 import signal
 import sys
 import time
@@ -64,9 +65,9 @@ def train(config, tested=None):
         asked, config = config, averaging.resolved(config, dls)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
-        side = models.smallest_side(model, config, dls.store.size)  # what cannot be explained is not trained
+        models.cam_layer(model, dls.store.size)  # what cannot be explained is not trained
         sizes = lecture.batch_sizes(config)
-        models.check_batches(model, config, sizes, len(dls.train.ids), side, ranks.world())
+        models.check_batches(model, config, sizes, len(dls.train.ids), dls.store.size, ranks.world())
         learn = training.build(config, dls, model, computer.precision)
         facts = runs.facts(config, dls, model, computer)
         if config.dry_run:
@@ -75,7 +76,8 @@ def train(config, tested=None):
             ranks.on_first(lambda: print(timing.expectation(learn, config, computer.precision)[1]))()
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
-        run = ranks.on_first(runs.open, runs.Elsewhere())(config, asked, facts)
+        make = functools.partial(runs.reopen, config) if config.resume else functools.partial(runs.start, asked)
+        run = ranks.on_first(make, runs.Elsewhere())(**facts)
         lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past, tested))
         return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
 
@@ -84,18 +86,17 @@ def begin(learn, config, run, facts, past, tested):
     """What a run writes before it trains; returns its learning rate, found by the range test or given."""
     from lib import data, models, report, runs
     from lib.data import augment
-    from lib.data.decode import RESIZE_RULE
     from lib.explain import evaluate
     from lib.train import timing
 
     print(runs.banner(config, facts, run.path), flush=True)
     if not past:
         data.say_doubts(learn.dls, run.path)
-        run.save_skipped(learn.dls.store.skipped)
-        run.save_augmentation(augment.saved(learn.dls.augment))
-        card = models.card(config.model, learn.dls, RESIZE_RULE, config.flip)
-        run.save_model_card({**card, "levels": learn.dls.store.levels})
-        evaluate.save_train_batch(learn, config, run)
+        if skipped := learn.dls.store.skipped:
+            runs.write_table(run / "skipped.csv", ("file", "reason"), skipped)
+        runs.write(run / "augment.yaml", augment.saved(learn.dls.augment))
+        runs.write_json(run / "weights/model.json", models.card(config.model, learn.dls, config.flip))
+        evaluate.save_train_batch(learn, run)
         lr, step = config.lr, None
         if lr == "find":
             lr, step = evaluate.same_test(run, tested) if tested else evaluate.range_test(learn, config, run)
@@ -110,12 +111,13 @@ def begin(learn, config, run, facts, past, tested):
 
 def fit(learn, config, run, past, lr, start):
     """Trains, then evaluates and explains the best weights; returns the exit status."""
-    from lib import predict, report
+    from lib import predict, report, runs
     from lib import train as training
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
 
-    best = averaging.KeepBest(run.save_weights, config.small_epochs, config.keep)
+    save_weights = functools.partial(runs.write, run / "weights/best.safetensors")
+    best = averaging.KeepBest(ranks.on_first(save_weights), config.keep)
     saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
     lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
     learn.add_cbs([best, saved, *lines, *ranks.callbacks()])

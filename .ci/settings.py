@@ -55,13 +55,11 @@ GROUPS = {  # heading: (settings, notes)
     ),
     "Training": (
         "epochs seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
-        "perturb_on_plateau small_epochs stop_after keep target",
+        "perturb_on_plateau stop_after keep target",
         """
         - Weight decay is torch's L2 penalty. BatchNorm and biases have none.
         - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
           training, except that plateau watches the loss of the average.
-        - With `--small-epochs N` the first N epochs use images of three quarters of the side, in training and in
-          evaluation. The weights that are kept come from a later epoch.
         - The order of an epoch is a function of (seed, epoch). The augmentation of an image is a function of (seed,
           epoch, image). So any number of `--workers` sees the same data. Two equal runs on one machine, with the same
           number of threads, are equal to the bit (tested on a CPU).
@@ -97,7 +95,12 @@ GROUPS = {  # heading: (settings, notes)
     ),
     "Machine": (
         "device precision compile workers threads",
-        "",
+        """
+        - `--threads auto` starts with a thread for each core that the process may use. Affinity and the quota of a
+          container count. On a CPU it looks once a second what other programs do. It leaves the cores that they keep
+          busy, and takes them again when they are free. It says so in a line. Such a run is not repeatable to the bit;
+          a run with `--threads N` is.
+        """,
     ),
     "Output": (
         "out name cache resume checkpoint_seconds cam gallery log open progress lr_find_only dry_run",

@@ -82,7 +82,6 @@ class Config:
     model: str = option(None, f"{', '.join(MODELS)}, torchvision's such as resnet18, timm/NAME (medium; digits small)")
     pretrained: str = option("", "start from weights: the library's, or FILE (.pth, .safetensors)", alone="torchvision")
     freeze_epochs: int = option(None, "epochs in which only the head learns (1 with --pretrained)", low=0)
-    small_epochs: int = option(0, "first epochs, on images of 3/4 of the side: progressive resizing", low=0)
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
     valid_pct: float = option(0.1, "share of training images held out to choose with; 0: test chooses", low=0, high=0.9)
     folds: int = option(0, "so many runs, each of which tests on another part of the images; 0: none", low=0, high=100)
@@ -136,7 +135,7 @@ class Config:
     compile: bool = option(False, "training steps through torch.compile: faster on a GPU, after a minute of compiling")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | Auto = option("auto", "loader processes; auto: 0 on a CPU", "-j", low=0, high=256)
-    threads: int | Auto = option("auto", "CPU threads of torch; auto: one a core", low=1, high=1024)
+    threads: int | Auto = option("auto", "CPU threads of torch; auto: one for each core that is free", low=1, high=1024)
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
     checkpoint_seconds: int = option(600, "seconds between checkpoints within an epoch; 0: at its end alone", low=0)
@@ -163,8 +162,6 @@ class Config:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:
             raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
-        if self.small_epochs >= self.epochs:
-            raise BadInput(f"--small-epochs: must be fewer than the {self.epochs} epochs, not {self.small_epochs}")
         if self.mixup and self.cutmix:
             raise BadInput("--mixup, --cutmix: pass one of them, not both")
         if self.folds == 1 or self.fold > self.folds:

@@ -1,10 +1,8 @@
-"""A trained run, in other formats.
+"""A trained run as ONNX.
 
-python -m lib.export runs/x --to onnx        runs/x/model.onnx: uint8 images (n, size, size, 3) to probabilities
-python -m lib.export runs/x --to fastai      runs/x/export.pkl, for fastai's load_learner
+python -m lib.export runs/x      runs/x/model.onnx: uint8 images (n, size, size, 3) to probabilities
 """
 
-import io
 import json
 import sys
 from contextlib import redirect_stdout
@@ -15,14 +13,12 @@ from fastcore.basics import noop
 
 from lib.cli import BadInput, Parser, command
 from lib.config import Config, read_args
-from lib.data.decode import centre, read
 from lib.data.folders import find_images
 from lib.data.sources import root_folder
 from lib.predict import load
 from lib.runs import write
 
 TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
-PICKLE = "warning: loading a pickle runs the code in it; load none that you do not trust, and pass on weights/ instead"
 
 
 def examples(predict, run, most=64):
@@ -81,48 +77,17 @@ def onnx(predict, run=None):
     return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's on {len(images)} {what}"
 
 
-def fastai(predict, run=None):
-    """(content of export.pkl, a warning): a Learner whose `predict` and `test_dl` prepare images as evaluation does."""
-    import cloudpickle
-    import torch
-    from fastai.data.core import Datasets
-    from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
-    from fastai.learner import Learner
-    from fastai.losses import CrossEntropyLossFlat
-    from fastai.torch_core import TensorImage
-
-    import lib
-
-    size, classes, levels = predict.size, predict.classes, predict.card.get("levels")
-    prepare = lambda image: TensorImage(torch.tensor(centre(read(image, size, levels), size)).permute(2, 0, 1))
-    unknown = lambda image: classes[0]
-    blank = [np.zeros((size, size, 3), np.uint8)]  # an item from which fastai learns what its pipelines take …
-    sets = Datasets(blank, [[prepare], [unknown, Categorize(vocab=classes, sort=False)]], splits=[[0], [0]])
-    sets.tls[0].types = [object]  # … but paths and Pillow's images are welcome as well
-    after_batch = [IntToFloatTensor(), Normalize(predict.mean, predict.std)]
-    dls = sets.dataloaders(bs=64, after_batch=after_batch, num_workers=0, device=predict.device)
-    learn, content = Learner(dls.new_empty(), predict.model, CrossEntropyLossFlat()), io.BytesIO()
-    cloudpickle.register_pickle_by_value(lib)  # so that it loads where this project is not at hand
-    try:
-        torch.save(learn, content, pickle_module=cloudpickle)
-    finally:
-        cloudpickle.unregister_pickle_by_value(lib)
-    return content.getvalue(), PICKLE
-
-
-FORMATS = {"onnx": (onnx, "model.onnx"), "fastai": (fastai, "export.pkl")}  # name -> function(predictor, run), file
-
-
 @command
 def main(argv):
-    p = Parser(prog="python -m lib.export", description="Write a trained run in another format, into its folder.")
+    p = Parser(prog="python -m lib.export", description="Write a trained run as ONNX, into its folder.")
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
-    p.add_argument("--to", required=True, choices=FORMATS, help="onnx: model.onnx; fastai: export.pkl for load_learner")
+    p.add_argument("--to", choices=["onnx"], default="onnx", help="the format (onnx)")
     args = p.parse_args(argv)
-    convert, name = FORMATS[args.to]
-    content, note = convert(load(args.run, "cpu"), Path(args.run).expanduser())
-    write(Path(args.run).expanduser() / name, content)
-    print(f"{Path(args.run) / name}: {len(content):,} bytes; {note}")
+    run = Path(args.run).expanduser()
+    content, note = onnx(load(run, "cpu"), run)
+    file = run / "model.onnx"
+    write(file, content)
+    print(f"{file}: {len(content):,} bytes; {note}")
 
 
 if __name__ == "__main__":

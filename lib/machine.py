@@ -43,6 +43,29 @@ def on_this_machine():
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
 
+def cores():
+    """How many cores this process may use: affinity and the quota of its control group count, not those there are."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
+def busy_seconds():
+    """(of all programs, of this one) seconds of work so far on the cores that it may use; None where Linux is not.
+
+    The work of programs that give way to this one (`nice`) does not count.
+    """
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        ours = os.sched_getaffinity(0)
+    except (OSError, AttributeError):
+        return None
+    counted = (0, 1, 2, 5, 6) if os.nice(0) > 0 else (0, 2, 5, 6)  # user, nice, system, irq, softirq
+    cpus = [line.split() for line in lines if line[:3] == "cpu" and line[3:4].isdigit()]
+    ticks = sum(int(cpu[1 + i]) for cpu in cpus if int(cpu[0][3:]) in ours for i in counted)
+    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
 def commit():
     """The commit of this code, with '+' where tracked files differ from it; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
@@ -129,13 +152,18 @@ def pick_precision(config, device):
 
 
 def set_threads(config):
-    """Sets torch's CPU threads to `--threads` and returns their number; a run is repeatable for as many alone."""
+    """Sets torch's CPU threads to `--threads` and returns their number; a run is repeatable for as many alone.
+
+    auto: one for each core that the process may use; torch itself knows no quota, and with torchrun has one thread.
+    """
     import torch
 
     if config.threads != "auto":
         torch.set_num_threads(config.threads)
-    elif launched():  # torchrun would have one thread each
-        torch.set_num_threads(max(1, os.cpu_count() // on_this_machine()))
+    elif launched():
+        torch.set_num_threads(max(1, cores() // on_this_machine()))
+    else:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
     return torch.get_num_threads()
 
 

@@ -13,7 +13,7 @@ import mimetypes
 import os
 import re
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,6 @@ from lib.runs import write_table
 
 COLUMNS = ("file", "prediction", "probability")
 HOW = "; with uv run --extra heif … HEIC too"
-AHEAD = 2  # batches that threads decode while one is predicted
 
 
 def load(run, device="auto", tta=False):
@@ -109,26 +108,21 @@ class Predictor:
             yield good, pixels, x, logits.cpu().double().log_softmax(1).exp().numpy()
 
     def decoded(self, images, complain):
-        """Yields the images of one batch after the other, and their pixels; threads are at work on the next ones."""
-        images, waiting, pool = iter(images), deque(), ThreadPoolExecutor()
-        try:
-            while (batch := list(islice(images, batch_size(self.size)))) or waiting:
-                if batch:
-                    waiting.append([(image, pool.submit(self.prepared, image)) for image in batch])
-                if batch and len(waiting) <= AHEAD:
-                    continue
+        """Yields the images of one batch after the other, and their pixels, which threads decode."""
+        images = iter(images)
+        with ThreadPoolExecutor() as pool:
+            while batch := list(islice(images, batch_size(self.size))):
                 good = []
-                for image, task in waiting.popleft():
+                for image, task in [(image, pool.submit(self.prepared, image)) for image in batch]:
                     try:
                         good.append((image, task.result()))
                     except BadInput as e:
                         if not complain:
+                            pool.shutdown(cancel_futures=True)
                             raise
                         complain(e)
                 if good:
                     yield [image for image, _ in good], np.stack([pixels for _, pixels in good])
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def find(arguments, complain=print):

@@ -7,9 +7,11 @@ text and nothing else. The curves are inline SVG that the page's own script draw
 times the rest of the page. Needs neither torch nor numpy.
 """
 
+import base64
 import csv
 import dataclasses
 import html
+import io
 import json
 import math
 import shlex
@@ -23,16 +25,19 @@ from urllib.parse import quote
 import yaml
 
 from lib import runs
+from lib.advice import advice, wilson
 from lib.cli import BadInput, Parser, command, duration, one_line, printable, read_json
 from lib.config import Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PICTURES, ROWS = 3_500_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
+PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
+BATCH = 400_000  # bytes of train_batch.png, before base64
 MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
 ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
 ELSEWHERE = ("classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
+MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
 
 
 def read_table(path):
@@ -100,7 +105,7 @@ def headline(args, env, rows, summary, live):
 
 def final_headline(s, images, rows):
     """The result of a finished run, from its summary `s`."""
-    right = f"{images - s['mistakes']:,} of {images:,} images right"
+    right = f"{images - s['mistakes']:,} of {images:,} images right; 95% interval {between(s, images)}"
     if s.get("tta_test_acc") is not None:
         right += f"; {s['tta_test_acc']:.4f} with mirror images (tta)"
     if s.get("top5_acc") is not None:
@@ -120,6 +125,11 @@ def final_headline(s, images, rows):
     ]
 
 
+def between(summary, images):
+    """The 95% interval of test accuracy, as text."""
+    return "{:.4f} to {:.4f}".format(*wilson(summary["test_acc"], images))
+
+
 def settings(args, env):
     """The settings that matter most, as [fact, value]."""
     sets = ", ".join(f"{n:,} {name}" for name, n in env["images"].items())
@@ -137,7 +147,7 @@ def settings(args, env):
 
 
 def mistakes(folder):
-    """Of a finished run: classes and their scores, confusions, calibration, mistakes with the pictures that fit.
+    """Of a finished run: classes, their recalls and scores, confusions, calibration, mistakes with pictures that fit.
 
     Mistakes have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
     """
@@ -158,11 +168,26 @@ def mistakes(folder):
                 row["picture"] = pictures[file]
         rows.append(row)
     found = dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=rows)
+    found["recalls"] = [(name, counts[i][i], sum(counts[i])) for i, name in enumerate(classes)]
     if (folder / "classes.csv").exists():  # runs of older versions have none
         _, *scores = read_table(folder / "classes.csv")
         found |= dict(scores=[[name, *map(number, row)] for name, *row in scores])
         found |= dict(reliability=columns(folder / "calibration.csv"))
     return found
+
+
+def train_batch(path):
+    """train_batch.png as a data URI; a large one as a smaller JPEG; None where there is none, or even that is large."""
+    from PIL import Image
+
+    content, kind = path.read_bytes() if path.exists() else b"", "png"
+    if len(content) > BATCH:
+        with Image.open(path) as image:
+            image, file, kind = image.convert("RGB"), io.BytesIO(), "jpeg"
+            image.thumbnail((1000, 1000))
+            image.save(file, kind, quality=80)
+            content = file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}" if 0 < len(content) <= BATCH else None
 
 
 def of_run(folder, live):
@@ -181,16 +206,23 @@ def of_run(folder, live):
     elif state == "stopped":
         after_test = not n and "lr_suggestions" in env
         note = "Stopped after the range test." if after_test else f"Not finished: {n} of {args['epochs']} epochs."
-    commit = env.get("commit") or ""
+    commit, exact = env.get("commit") or "", summary and env["precision"] != "float32"
+    for name in (name for name in MEASURED if exact and name in summary):
+        rows[name][summary["best_epoch"] - 1] = number(summary[name])  # of the kept weights there is one number
+    found = mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])
+    doubts = read_table(folder / "doubts.csv")[1:]
+    facts = dict(args=args, n=env["images"], rows=rows, summary=summary, cuts=cuts, doubts=doubts)
+    facts["recalls"] = found.pop("recalls", ())
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note,
         "headline": headline(args, env, rows, summary, live), "settings": settings(args, env),
         "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"] or None,
+        "exact": exact, "interval": summary and between(summary, env["images"]["test"]),
+        "batch": train_batch(folder / "train_batch.png"), "advice": advice(facts),
         "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
         "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],
-        "doubts": read_table(folder / "doubts.csv")[1:],
-        **(mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])),
+        "doubts": doubts, **found,
         "summary": {k: v for k, v in (summary or {}).items() if k in OVERALL},
         "command": command_line(asked, env), "typed": env.get("command", ""),
         "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
@@ -207,7 +239,7 @@ def of_comparison(folder):
         run = folder / row["folder"]
         row["link"] = quote(f"{row['folder']}/report.html") if (run / "report.html").exists() else None
         variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
-    curves = [{"name": name, **{c: mean_and_deviation(group, c) for c in CURVES}} for name, group in variants.items()]
+    curves = [{"name": name, **{c: band(group, c) for c in CURVES}} for name, group in variants.items()]
     shown = ("variant", "seed", "test_acc", "valid_acc", "best_epoch", "lr", "train_seconds", "folder", "link")
     return {
         "kind": "comparison", "name": folder.resolve().name, "state": "done", "notes": notes, "curves": curves,
@@ -216,10 +248,16 @@ def of_comparison(folder):
     }  # fmt: skip
 
 
-def mean_and_deviation(group, column):
-    """[mean, standard deviation] of `column` over the runs of `group`, an epoch each."""
-    epochs = [[v for v in epoch if v is not None] for epoch in zip_longest(*[run.get(column, []) for run in group])]
-    return [[number(statistics.fmean(v)), number(statistics.stdev(v)) if len(v) > 1 else 0] for v in epochs if v]
+def band(group, column):
+    """[mean, mean - deviation, mean + deviation] of `column` over the runs of `group`, an epoch each.
+
+    Of rates the mean is geometric and the deviation a factor, as on the logarithmic axis that shows them.
+    """
+    to, back = (math.log, math.exp) if column == "lr" else (float, float)
+    epochs = zip_longest(*[run.get(column, []) for run in group])
+    epochs = [[to(v) for v in epoch if v is not None and (v > 0 or column != "lr")] for epoch in epochs]
+    ends = lambda v: [m := statistics.fmean(v), m - (s := statistics.stdev(v) if len(v) > 1 else 0), m + s]
+    return [[number(back(x)) for x in ends(v)] for v in epochs if v]
 
 
 def page(data):
@@ -256,7 +294,7 @@ def follow(run, log):
     log = runs.logger(log, run.path)
 
     def after_epoch(rows):
-        run.save_rows(rows)
+        runs.write_csv(run / "results.csv", rows)
         write(run.path, live=True)
         log(rows)
 

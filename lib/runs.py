@@ -107,32 +107,11 @@ class Run:
         self.env.update(facts)
         write_json(self / "env.json", self.env)
 
-    def save_rows(self, rows):
-        """Writes results.csv, a row an epoch."""
-        write_csv(self / "results.csv", rows)
-
-    def save_skipped(self, skipped):
-        """Writes skipped.csv, where images were left out."""
-        if skipped:
-            write_table(self / "skipped.csv", ("file", "reason"), skipped)
-
-    def save_augmentation(self, text):
-        """Writes augment.yaml, the albumentations pipeline as `A.save` has it."""
-        write(self / "augment.yaml", text)
-
-    def save_model_card(self, card):
-        """Writes weights/model.json, which rebuilds the network."""
-        write_json(self / "weights/model.json", card)
-
-    def save_weights(self, content):
-        """Writes weights/best.safetensors."""
-        write(self / "weights/best.safetensors", content)
-
 
 class Elsewhere:
     """The run on a rank that writes nothing: it has no paths."""
 
-    path = save_weights = None
+    path = None
 
     def __truediv__(self, name):
         return None
@@ -234,11 +213,6 @@ def reopen(config, **facts):
     return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
 
-def open(config, asked, facts):
-    """The run folder that `config` resumes, or a new one, whose args.yaml holds the settings as `asked`."""
-    return reopen(config, **facts) if config.resume else start(asked, **facts)
-
-
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
     try:
@@ -273,7 +247,7 @@ def facts(config, dls, model, machine):
         "sets": dls.sets,
         "keep": config.keep,
         "chosen_on": "test" if dls.valid.ids == dls.test.ids else "valid",
-        "data_fingerprint": dls.store.fingerprint(),
+        "data_fingerprint": dls.store.fingerprint,
         "params": sum(p.numel() for p in model.parameters()),
         **({"levels": dls.store.levels} if dls.store.levels else {}),
     }
@@ -286,17 +260,16 @@ def banner(config, facts, where):
         images += f" ({facts['skipped']:,} that cannot be read are skipped: skipped.csv)"
     if "levels" in facts:
         images += "; of more than 8 bits, {:g} is black and {:g} white".format(*facts["levels"])
+    side, classes = facts["size"], facts["classes"]
     few, n = "", facts["images"]["valid"]
     if n < FEW_VALID:
         few = f"\n{n} valid images are few to choose with: one of them is {1 / n:.3f} of accuracy, and the standard "
         few += f"error of an accuracy of 0.5 is {0.5 / math.sqrt(n):.3f}; the weights are kept by {facts['keep']}"
-    side, small, classes = facts["size"], facts["size"] * 3 // 4, facts["classes"]
     names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
-    at_first = f" ({small} x {small} until epoch {config.small_epochs})" if config.small_epochs else ""
     return (
         f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
         f"{facts['workers']} workers\n"
-        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels{at_first}\n"
+        f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels\n"
         f"sets: {printable(facts['sets'])}{few}\n"
         f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"

@@ -7,7 +7,6 @@ machine alone, under its own name alone, so that no page of another site can tal
 import base64
 import io
 import socket
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +47,10 @@ def answer(predict, content):
 def app(predict, name):
     """The Starlette application that shows the `Predictor` `predict` of the run `name`."""
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
-
-    lock = threading.Lock()  # one photo at a time: maps train a copy of the network
-
-    def locked(content):
-        with lock:
-            return answer(predict, content)
 
     async def page(request):
         return HTMLResponse(TEMPLATE.read_text(encoding="utf-8"))
@@ -70,7 +62,7 @@ def app(predict, name):
             if len(content) > MOST_BYTES:
                 return JSONResponse({"error": f"the file has more than {MOST_BYTES // 10**6} MB"}, 413)
         try:
-            return JSONResponse(await run_in_threadpool(locked, bytes(content)))
+            return JSONResponse(answer(predict, bytes(content)))  # one photo at a time: the others wait
         except BadInput as e:
             return JSONResponse({"error": str(e)}, 400)
 

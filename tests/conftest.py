@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 import socket
 import sys
@@ -6,6 +7,7 @@ import traceback
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["MPLBACKEND"] = "agg"  # a notebook's terminal hands on its own
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, a thread each
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from lib import config as settings
 from lib import machine
 from lib.data import loader
 from lib.models import zoo
-from lib.train import averaging, learner
+from lib.train import averaging, learner, sharing
 from train_fastai import main
 
 # the options of a run of a second
@@ -31,9 +33,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Two threads in every test, whatever a run in the one before asked for."""
-    torch.set_num_threads(2)
+def threads(monkeypatch):
+    """As many threads in every test, whatever a run in the one before asked for, and whoever else is busy."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(sharing, "WINDOW", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -365,14 +365,14 @@ def test_no_room_for_an_archive_leaves_nothing(photos, refused, tmp_path):
 def test_a_disk_that_fills_up_ends_in_one_line_and_the_run_can_go_on(photos, tmp_path, capfd, monkeypatch):
     argv = ["--data", photos, "--out", tmp_path / "runs", *SMALL, "--epochs", 2]
     with monkeypatch.context() as m, full_disk(10**8):
-        save_rows = runs.Run.save_rows
+        write_csv = runs.write_csv
 
-        def fill(self, rows):
-            save_rows(self, rows)
-            if len(rows) == 2:
+        def fill(path, rows):
+            write_csv(path, rows)
+            if path.name == "results.csv" and len(rows) == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-        m.setattr(runs.Run, "save_rows", fill)
+        m.setattr(runs, "write_csv", fill)
         assert main([*map(str, argv)]) == 2
     err = capfd.readouterr().err
     assert "cannot be written" in err and err.count("\n") == 1

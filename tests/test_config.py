@@ -95,12 +95,6 @@ def test_flags_of_others_are_none_of_ours_and_name_ours():
     assert len(set(others)) == len(others)
 
 
-def test_not_all_epochs_have_small_images():
-    assert config.Config(epochs=5, small_epochs=4).small_epochs == 4
-    with pytest.raises(cli.BadInput, match="--small-epochs: must be fewer than the 5 epochs, not 5"):
-        config.Config(epochs=5, small_epochs=5)
-
-
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "args.yaml"
     file.write_text("data: digits\nepochs: 7\nmomentum: 0.5\n")

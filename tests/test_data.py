@@ -118,7 +118,7 @@ def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
     dls = loader.get_dls(config)
     assert len(dls.store) == 120 and dls.store.names[0].startswith("class 0/")
     plain = loader.get_dls(parse("--data", bands, "--size", 32))
-    assert plain.store.fingerprint() == dls.store.fingerprint() == loader.get_dls(config).store.fingerprint()
+    assert plain.store.fingerprint == dls.store.fingerprint == loader.get_dls(config).store.fingerprint
 
 
 def test_class_names_are_compared_in_one_form(tmp_path):

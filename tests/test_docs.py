@@ -3,15 +3,19 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lib import config
+from lib.compare import interval
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -36,13 +40,19 @@ def commands(text):
     yield from re.findall(r"`([^`\n]+)`", prose)
 
 
-def run_by_uv(path):
-    """(program, arguments) of the commands of a page that `uv run` starts, without what a shell does around them."""
+def uv_lines(path):
+    """What follows `uv run` in the commands of a page, without what a shell does around it."""
     for line in commands(path.read_text(encoding="utf-8")):
-        line = re.sub(r"^.*?(?=uv run )", "", line.strip())
         line = f"uv run {line}" if line.startswith("train_fastai.py") else line  # as in the table of results/README.md
-        if UV.match(line) and "$" not in line:
-            words = shlex.split(re.split(r" [>&|;]|  +", UV.sub("", line))[0])
+        for found in re.findall(r"uv run ((?:(?! uv run ).)*)", line):
+            yield re.split(r"; | [>&|;]|  +", found)[0].strip()
+
+
+def run_by_uv(path):
+    """(program, arguments) of the commands of a page that `uv run` starts."""
+    for line in uv_lines(path):
+        if UV.match(f"uv run {line} ") and "$" not in line:
+            words = shlex.split(UV.sub("", f"uv run {line} "))
             yield words[0], [word for word in words[1:] if word != "…"]
 
 
@@ -160,8 +170,25 @@ def test_the_speeds_in_the_docs_are_those_of_the_files():
         speed = json.loads((ROOT / file).read_text())["images_per_second"]
         for name, key in (("stock fastai", "stock"), ("this project", "ours"), ("the ceiling", "ceiling")):
             assert rows[name][i] == f"{speed[key]:.0f}"
+        for name, key in (("ceiling", "ceiling"), ("stock fastai", "stock")):
+            rounds = json.loads((ROOT / file).read_text())["rounds"]
+            ratios = [a / b for a, b in zip(rounds["ours"], rounds[key])]
+            told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            assert rows[f"this project / {name}, median (range of the rounds)"][i] == told
     speed = json.loads((ROOT / "results/speed.json").read_text())["images_per_second"]
     assert f"| {speed['stock']:.0f} | {speed['ours']:.0f} (" in README
+
+
+def test_the_other_speeds_in_the_docs_are_those_of_the_files():
+    """The second run of the ResNet-9, the loader alone, and the start of a command."""
+    text = " ".join((ROOT / "docs/speed.md").read_text(encoding="utf-8").split())
+    again, speed = (
+        json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("speed-resnet9-again", "speed")
+    )
+    assert f"gave {again['ratio_to_stock']:.2f} times stock fastai and {again['ratio_to_ceiling']:.2f} of" in text
+    assert f"makes {round(speed['images_per_second']['loader'], -3):,.0f} images/s" in text
+    start, cold, warm = (speed["seconds"][key] for key in ("help", "first step, cold cache", "first step, warm cache"))
+    assert f"takes {start:.2f} s" in text and f"takes {cold:.1f} s, or {warm:.1f} s if" in text
 
 
 def test_the_differences_in_the_lecture_are_those_of_its_tables():
@@ -190,3 +217,198 @@ def test_pages_name_no_path_of_one_machine():
     tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in tracked:
         assert not re.search(r"(?<![\w.~$])/(?:root|home|work|tmp)/", (ROOT / name).read_text(encoding="utf-8")), name
+
+
+# how a command of README or docs begins, after `uv run` -> why `test_every_command_runs_at_toy_size` leaves it out
+NOT_RUN = {
+    "--extra timm train_fastai.py": "downloads weights",
+    "train_fastai.py --data photos --size 224 -b 16 --epochs 20 --model resnet18 --pretrained": "downloads weights",
+    "--extra onnx": "needs packages that the tests go without; .ci/run has a line for it",
+    "--extra heif …": "the beginning of a command",
+    "--extra timm …": "the beginning of a command",
+    "train_fastai.py --schedule $schedule": "a line of a shell script",
+    "train_fastai.py --resume runs/both/$name": "a line of a shell script",
+    "torchrun --nnodes 2": "needs two machines; test_ranks.py plays them",
+    "python -m lib.predict runs/x --serve": "ends with Ctrl-C alone; test_serve.py starts it",
+    "python -m lib.predict runs/weighted --serve": "the same",
+    "train_fastai.py --log tensorboard": "needs tensorboard; test_run.py has a stand-in",
+    "pytest": "these tests",
+    "ruff": "changes this checkout; .ci/run checks it",
+    ".ci/": "changes this checkout; .ci/run checks it",
+    "python -m tests.benchmarks.growth": "makes 200,000 images, for minutes",
+    "python -m tests.benchmarks.gpu --data FOLDER": "9 minutes of a GPU",
+    "python -m tests.benchmarks.gpu --rehearse": ".ci/run runs it",
+}
+# what is added to a command of the docs; of a flag that comes twice the last one counts
+TOY_RUN = "--epochs 1 --size 32 --lr-iters 40 --gallery 2 --no-progress".split()
+TOY_BENCHMARKS = {
+    "tests.benchmarks.evidence": "--epochs 1 --seeds 0 --groups momentum --runs HERE/lecture --out HERE/lecture",
+    "tests.benchmarks.networks": "--seconds 1 --seeds 0 --only small --out HERE/networks.json",
+    "tests.benchmarks.speed": "--images 320 --rounds 1 --model small --out HERE/speed.json",
+    "tests.benchmarks.teach": "--epochs 1 --seeds 0 --out HERE/teach",
+}
+TOLD = [path for path in PAGES if path.parent in (ROOT, ROOT / "docs")]
+TOLD_LINES = sorted({line for path in TOLD for line in uv_lines(path)})
+
+
+def left_out(line):
+    return re.sub(r"^(--with \S+ )+", "", line).startswith(tuple(NOT_RUN))
+
+
+def test_what_is_left_out_is_in_the_docs():
+    for beginning in NOT_RUN:
+        assert any(line.startswith(beginning) for line in TOLD_LINES), beginning
+    assert sum(not left_out(line) for line in TOLD_LINES) > 30
+
+
+def toy(line, number):
+    """The words of a training command, with CIFAR-10 as a small folder, and what makes it short."""
+    words = shlex.split(line)
+    data = [] if "--data" in words else ["--data", "FOLDER"]
+    seeds = ["--seeds", "0", "1"] if "--seeds" in words else []
+    return [*words, *TOY_RUN, *data, *seeds, "--out", f"out/{number}"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with all that the commands of the docs name: images, run folders, and a folder like CIFAR-10's."""
+    import numpy as np
+
+    from tests.conftest import picture, save
+    from train_fastai import main
+
+    here, rng = tmp_path_factory.mktemp("here"), np.random.default_rng(0)
+    wanted = {"FOLDER/train": (4, 80), "FOLDER/test": (4, 10), "photos": (2, 30), "path/to/images": (2, 30)}
+    for name, (classes, n) in {**wanted, "new": (1, 2), "folder": (1, 2)}.items():
+        for k in range(classes):
+            for i in range(n):
+                save(here / name / f"class {k}" / f"{i:02}.png", picture(rng, k))
+    save(here / "photo.jpg", picture(rng, 0))
+    for name, schedule in (("a", "plateau"), ("b", "one_cycle")):
+        options = ["--data", str(here / "photos"), "--schedule", schedule, "--out", str(here / "runs"), "--name", name]
+        assert main([*options, *TOY_RUN, "--model", "small", "--lr", "0.05"]) == 0
+    for source, copy in (("a", "x"), ("a", "weighted"), ("a", "both/plateau-s0"), ("b", "both/one_cycle-s0")):
+        shutil.copytree(here / "runs" / source, here / "runs" / copy)
+    return here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in TOLD_LINES if not left_out(line)])
+def test_every_command_runs_at_toy_size(line, here):
+    """Training as `toy` says; a benchmark with its row of TOY_BENCHMARKS; anything else as it stands."""
+    program, *words = shlex.split(line)
+    if "train_fastai.py" in (program, *words):
+        program, *words = toy(line, TOLD_LINES.index(line))
+    elif words[1] in TOY_BENCHMARKS:
+        words = [*words, *TOY_BENCHMARKS[words[1]].replace("HERE", str(here)).split()]
+    launch = {"train_fastai.py": [str(ROOT / program)], "torchrun": ["-m", "torch.distributed.run"], "python": []}
+    cifar10 = str(here / "FOLDER")
+    place = {"train_fastai.py": str(ROOT / "train_fastai.py"), "FOLDER": cifar10, "~/.fastai/data/cifar10": cifar10}
+    argv = [sys.executable, *launch[program], *(place.get(word, word) for word in words)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FASTAI_HOME": str(here)}
+    done = subprocess.run(argv, cwd=here, env=env, capture_output=True, text=True, timeout=600)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and not re.search(r"exit status [1-9]|Traceback", said), f"{argv}\n{said[-3000:]}"
+
+
+NUMBER = re.compile(r"(?<![\w.#^/-])[+-]?(?:0?\.\d{3,4}|1\.0000)(?![\w.])")  # an accuracy, or a difference of two
+SETTINGS = re.compile(r"--[a-z-]+(?: [\d.]+(?:e-\d)?)+")  # a flag and its values, which no run has produced
+# part of a paragraph with numbers that are in no file here -> where they come from
+NO_FILE = {
+    "Training minus test accuracy after": "test_the_gap_of_train_and_test_in_the_lecture_is_that_of_its_runs",
+    "How far away is 0.915": "a target",
+    "The command above reached 1.0000": "one run of the folder that the page makes; it is not kept",
+    "one image is 0.033 of accuracy": "a thirtieth",
+    "comes with `--threshold 0.04`": "settings",
+    "It is CIFAR-10's default (0.999)": "settings",
+}
+
+
+def numbers_in(path):
+    """All numbers in a file of results, or in a folder of runs; of lists of numbers, mean and deviation too."""
+    if path.is_dir():
+        kept = ("*.md", "*.csv", "*.jsonl", "summary.json", "env.json", "*-s*/summary.json", "*-s*/env.json")
+        return set().union(*(numbers_in(file) for pattern in kept for file in path.glob(pattern)))
+    if path.suffix not in (".json", ".jsonl", ".csv") and path.name != "comparison.md":
+        return set()
+    text = path.read_text(encoding="utf-8")
+    found = {float(n) for n in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", text)}
+    for values in re.findall(r"\[([\d\s.,e+-]+)\]", text) if path.suffix == ".json" else ():
+        values = [float(v) for v in values.split(",")]
+        if 1 < len(values) < 20:
+            found |= {statistics.mean(values), statistics.stdev(values)}
+    if path.name.startswith("networks"):
+        runs = [[run["valid_acc"] for run in row["runs"].values()] for row in json.loads(text)["rows"].values()]
+        found |= {f(accs) for accs in runs for f in (statistics.mean, statistics.stdev)}
+        found |= {abs(x) for a in runs for b in runs if a is not b for x in interval(a, b)}
+    return found
+
+
+def means_of(files):
+    """Mean and deviation of the accuracies of all runs in several files or folders."""
+    found = [s for file in files if file.is_dir() for s in summaries(file)]
+    values = [[s[key] for s in found if s.get(key) is not None] for key in ("test_acc", "valid_acc", "tta_test_acc")]
+    return {f(v) for v in values if len(v) > 1 for f in (statistics.mean, statistics.stdev)}
+
+
+def claims(text):
+    """(row, paragraph or item of a list; its links) of a page. Without links it has those around it."""
+    links = lambda part: [link for link in re.findall(r"\]\(([^)#]+)\)", part) if not re.match(r"[a-z]+:", link)]
+    for section in re.split(r"^#+ ", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M):
+        for part in section.split("\n\n"):
+            for one in part.split("\n") if part.startswith("|") else re.split(r"\n(?=- )", part):
+                named = (
+                    links(part.split("\n")[0]) if part.startswith("|") else []
+                )  # a column's heading names a file too
+                yield one, links(one) + named or links(part) or links(section)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in (*TOLD, ROOT / "results/README.md") if path.name != "settings.md"], ids=ids
+)
+def test_every_accuracy_is_in_the_file_that_is_named_with_it(path):
+    """Accuracies, their differences and deviations, to three places or more, of README, docs and results/README.md."""
+    for one, links in claims(path.read_text(encoding="utf-8")):
+        plain = " ".join(one.split())
+        numbers = NUMBER.findall(SETTINGS.sub("", plain))
+        if not numbers or any(known in plain for known in NO_FILE):
+            continue
+        files = [path.parent / link for link in links]
+        known = set().union(means_of(files), *map(numbers_in, files))
+        for number in numbers:
+            near = 0.5 * 10 ** -len(number.split(".")[1]) + 1e-9
+            assert any(abs(value - abs(float(number))) <= near for value in known), f"{number} in: {plain[:200]}"
+
+
+def test_what_is_in_no_file_is_in_the_docs():
+    text = " ".join(" ".join(path.read_text(encoding="utf-8").split()) for path in (*TOLD, ROOT / "results/README.md"))
+    assert all(known in text for known in NO_FILE)
+
+
+def test_the_drawings_of_the_lecture_are_those_of_their_file():
+    """Steps of the valley, and the range of the test accuracies at each rate; the paths are drawn anew."""
+    from tests.benchmarks.teach import BOWL, FACTORS, descend
+
+    taught = json.loads((ROOT / "results/teach/teach.json").read_text())
+    steps = taught["bowl"].pop("steps_to_1_percent")
+    assert taught["bowl"] == BOWL and FACTORS == {"too small": 0.01, "right": 1, "too large": 10}
+    for name in steps:
+        heights = descend(name, **BOWL)[1]
+        assert heights[steps[name] - 1] >= heights[0] / 100 > heights[steps[name] :].max()
+    text = " ".join((ROOT / "docs/lecture.md").read_text(encoding="utf-8").split())
+    assert f"first loss after {steps['sgd']} steps, Nesterov after {steps['nesterov']}" in text
+    ends = [[run["test_acc"] for run in taught["rates"][name]] for name in ("right", "too small", "too large")]
+    right, small, large = (f"{min(accs):.2f} to {max(accs):.2f}" for accs in ends)
+    assert f"{right} with the right rate, {small} with the small one, and {large} with the large one" in text
+    assert f"After {taught['epochs']} epochs" in text and {len(accs) for accs in ends} == {3}
+
+
+def test_the_names_of_the_assignment_are_in_the_code():
+    """docs/assignment.md: what stands after the link to a file is a name that the file defines."""
+    text, found = (ROOT / "docs/assignment.md").read_text(encoding="utf-8"), 0
+    for file, names in re.findall(r"\]\(\.\./([\w/]+\.py)\): ((?:`\w+`(?:, )?)+)", text):
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            found += 1
+            assert re.search(rf"^ *(?:def|class) {name}\b|^{name} = ", code, re.M), f"{file} has no {name}"
+    assert found > 30

@@ -186,10 +186,6 @@ def test_figures_say_what_they_show():
     legend = plots.results(rows_of(4), "a run", averaged=True).axes[1].get_legend()
     labels = [t.get_text() for t in legend.get_texts()]
     assert labels == ["train (augmented batches)", "valid, averaged weights", "test, averaged weights"]
-    top = plots.results(rows_of(4), "a run", small=(2, 24)).axes[0]
-    assert top.get_legend().get_texts()[-1].get_text() == "before: images of 24 x 24 pixels"
-    assert top.lines[-1].get_xdata() == [2.5, 2.5]
-
     found = dict(valley=0.01, steep=0.1, minimum=0.2, slide=0.3)
     losses = np.linspace(2, 1, 50)
     raw = losses.copy()

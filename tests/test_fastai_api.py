@@ -710,8 +710,6 @@ def test_options_of_torchs_optimizers_reach_them(learner):
     learn = learner(opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.7, nesterov=True))
     learn.fit(1, 0.01)
     assert {(g["momentum"], g["nesterov"]) for g in learn.opt.opt.param_groups} == {(0.7, True)}
-    with pytest.raises(ValueError, match="partial"):
-        learner(opt_func=OptimWrapper(opt=torch.optim.SGD(models.build("small", 4).parameters(), 0.1)))
 
 
 def test_tta_before_a_fit_and_a_look_that_fails_leave_the_learner_whole(dls, tmp_path):

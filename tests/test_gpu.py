@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import data, models, train
-from lib.data import loader, transfer
+from lib.data import loader
 from lib.train import learner, recorder, schedules
 from lib.train.learner import Unscale
 from tests.benchmarks import gpu, gpu_wheels
@@ -93,10 +93,10 @@ def test_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
     computing, beside = Stream("computing", told), Stream("beside", told)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(transfer, "to_device", lambda b, device, non_blocking: told.append(f"copy {non_blocking}") or b)
+    monkeypatch.setattr(loader, "to_device", lambda b, device, non_blocking: told.append(f"copy {non_blocking}") or b)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: told.append(f"{stream.name} has {len(x)}"))
     batch = TensorImage(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), TensorCategory(torch.arange(2)), "a name"
-    copied = transfer.copied_beside(batch, torch.device("cuda"), beside)
+    copied = loader.copied_beside(batch, torch.device("cuda"), beside)
     assert told == ["on beside", "copy True", "off beside", "computing waits for beside", *["computing has 2"] * 2]
     assert type(copied) is tuple and [type(x) for x in copied] == [type(x) for x in batch]
 

@@ -186,18 +186,6 @@ def test_an_archive_larger_than_the_disk_is_refused_before_it_fills_it(tmp_path,
     assert "or the disk, allows" in refused("--data", tmp_path / "x.zip", "--cache", tmp_path / "cache")
 
 
-def test_what_an_archive_really_holds_is_counted():
-    """Whatever a library that reads archives would let pass."""
-    for size in (5, 7):
-        with pytest.raises(ValueError, match="not of the"):
-            archive.copy(io.BytesIO(b"sixsix"), io.BytesIO(), size)
-    endless = type("Endless", (), {"read": lambda self, n: bytes(n)})()
-    written = io.BytesIO()
-    with pytest.raises(ValueError):
-        archive.copy(endless, written, 10**6)
-    assert len(written.getvalue()) <= 10**6
-
-
 def from_windows():
     """A zip whose names have backslashes, with entries for folders."""
     out = io.BytesIO()
@@ -544,7 +532,7 @@ def test_no_code_is_read_from_files_anywhere():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
-                allowed = {"cloudpickle"} if path.name == "export.py" else set()  # which writes, and never reads
+                allowed = {"joblib"} if names == ["cpu_count", "joblib"] else set()
                 assert not {n.split(".")[0] for n in names} & PICKLERS - allowed, path
             if not isinstance(node, ast.Call):
                 continue

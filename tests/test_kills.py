@@ -18,7 +18,7 @@ from train_fastai import main
 
 # a rate that leaves mistakes to explain
 ARGS = """--size 32 --model small --epochs 3 -b 16 --lr-iters 20 --patience-epochs 0 --threshold 0.5 --gallery 2
---small-epochs 1 --threads 1 --momentum 0.8 --ema 0.8 --grad-noise 0.001 --warmup-epochs 1.5
+--threads 1 --momentum 0.8 --ema 0.8 --grad-noise 0.001 --warmup-epochs 1.5
 --lr-suggest minimum""".split()
 # where a SIGKILL comes: what is called for the how-manieth time
 RANGE_TEST = [("range", n) for n in (1, 12)] + [("lr_find.csv", 1), ("lr_find.png", 1)]
@@ -155,7 +155,7 @@ def test_a_second_signal_stops_at_once(bands, tmp_path):
 
 def test_handlers_are_as_before_behind_a_fit(bands, tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    argv = [*ARGS, "--epochs", "1", "--small-epochs", "0", "--lr", "0.01", "--threads", str(torch.get_num_threads())]
+    argv = [*ARGS, "--epochs", "1", "--lr", "0.01", "--threads", str(torch.get_num_threads())]
     assert main(["--data", str(bands), "--out", str(tmp_path), *argv]) == 0
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 

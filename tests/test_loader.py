@@ -122,16 +122,6 @@ def test_items_that_are_skipped_leave_smaller_batches(dls):
     assert labels == [k for k in dls.valid.labels if k]
 
 
-def test_an_image_that_comes_again_in_a_batch_is_seen_anew(dls):
-    x, _ = dls.train.make_batch([3, 3, 5])
-    assert (x[0] != x[1]).any() and (x[0] == dls.train.make_batch([3])[0][0]).all()
-    dls.train.epoch = 1
-    assert (dls.train.make_batch([3])[0][0] == x[1]).all()
-    dls.train.after_item.add(Same())
-    dls.train.epoch = 0
-    assert (dls.train.make_batch([3, 3, 5])[0] == x).all()
-
-
 def test_everything_that_is_an_image_is_read_alike(dls):
     path = dls.valid.dataset.items[0]
     array = np.asarray(Image.open(path))

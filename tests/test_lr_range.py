@@ -55,12 +55,12 @@ def test_linear_rates_and_valid_losses_are_pytorch_lr_finders(make):
     n = len(batches)
     model = learn.twin().model
     optimizer = sgd(model, 1e-3)
-    lrs, losses, *_ = lr_range.run(learn, np.linspace(1e-3, 0.1, n), stop_div=False, on_valid=True)
+    test = lr_range.run(learn, np.linspace(1e-3, 0.1, n), stop_div=False, on_valid=True)
     finder = LRFinder(model, optimizer, torch.nn.CrossEntropyLoss(), "cpu")
     loaders = [torch.utils.data.DataLoader(b, batch_size=None) for b in (batches, valid)]
     finder.range_test(loaders[0], loaders[1], 1e-3, 0.1, n, step_mode="linear", smooth_f=0, diverge_th=1e9)
     theirs = np.array(finder.history["loss"]) / len(valid[0][1])  # it divides by the number of batches
-    assert np.allclose(lrs, finder.history["lr"], rtol=1e-9) and np.allclose(losses, theirs, rtol=1e-4)
+    assert np.allclose(test.lrs, finder.history["lr"], rtol=1e-9) and np.allclose(test.losses, theirs, rtol=1e-4)
 
 
 def test_the_sample_of_valid_has_all_classes(make):
@@ -122,7 +122,7 @@ FALLING = lambda x: 2.3 - 1.2 / (1 + np.exp(-6 * (x + 2))) + 5 * np.maximum(x + 
 def test_the_steepest_point_is_where_it_is():
     """Trap 10: a moving average moves it from 7e-3 to 2.6e-2; a centred window leaves it."""
     lrs, losses = curve(FALLING)
-    test = lr_range.measured(lrs, losses, 1, 100)
+    test = lr_range.RangeTest(lrs, losses, 1, 100)
     lr_range.check_fall(test)
     found = test.suggestions
     assert 5e-3 < found["steep"] < 2e-2
@@ -140,7 +140,7 @@ def test_the_steepest_point_is_where_it_is():
 )
 def test_a_curve_without_a_fall_is_refused(of):
     with pytest.raises(BadInput, match="--lr"):
-        lr_range.check_fall(lr_range.measured(*curve(of), 1, 100))
+        lr_range.check_fall(lr_range.RangeTest(*curve(of), 1, 100))
 
 
 @pytest.mark.parametrize("noise, said", [(0.01, False), (0.9, True)])
@@ -150,7 +150,7 @@ def test_a_noisy_curve_says_so(make, tmp_path, monkeypatch, capsys, noise, said)
 
     lrs = np.geomspace(1e-5, 10, 100)
     losses = FALLING(np.log10(lrs)).clip(0, 4) + np.random.default_rng(0).normal(0, noise, 100)
-    test = lr_range.measured(lrs, losses, 1, 100)
+    test = lr_range.RangeTest(lrs, losses, 1, 100)
     assert (test.fall < 3 * test.noise) is said and test.noise == pytest.approx(noise, abs=0.3)
 
     class Folder:
@@ -181,5 +181,5 @@ def test_a_model_that_cannot_learn_ends_in_status_2(bands, cache, tmp_path, caps
 
 def test_a_loss_that_is_not_a_number_ends_the_test(make):
     _, learn = make()
-    lrs, losses, *_ = lr_range.run(learn, np.geomspace(1e-3, 1e30, 40))
-    assert len(losses) < 40 and len(lrs) == len(losses)
+    test = lr_range.run(learn, np.geomspace(1e-3, 1e30, 40))
+    assert len(test.losses) < 40 and len(test.lrs) == len(test.losses)

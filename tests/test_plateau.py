@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from lib import config as configs
 from lib.train import schedules
+from lib.train.optimizers import maker
 from lib.train.plateau import Plateau, ReduceLROnPlateau
 from lib.train.progress import EpochLines
-from lib.train.schedules import Hypers
 
 numbers = st.floats(-10, 10).map(lambda x: round(x, 2))  # coarse, so that ties and near misses happen
 values_lists = st.lists(numbers | st.sampled_from([math.nan, math.inf, 0.0]), min_size=1, max_size=60)
@@ -44,7 +44,8 @@ def torchs(values, lr=0.1, **options):
 @settings(max_examples=200, deadline=None)
 @given(values_lists, options)
 def test_the_callback_gives_torchs_rates(values, options):
-    callback, opt = ReduceLROnPlateau("valid_loss", **options), Hypers(0.1, 0.9)
+    callback, opt = ReduceLROnPlateau("valid_loss", **options), maker("sgd", 0.9)([[torch.zeros(1)]], lr=0.1)
+    opt.split_by_decay()
     recorder = SimpleNamespace(metric_names=["epoch", "train_loss", "valid_loss", "time"], values=[])
     callback.learn = SimpleNamespace(opt=opt, recorder=recorder, cbs=[callback], epoch=0)
     callback.before_fit()

@@ -4,14 +4,11 @@ import csv
 import io
 import json
 import os
-import pickletools
 import pty
 import re
 import select
 import shutil
 import sys
-import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -268,7 +265,7 @@ def test_bad_input_is_one_line_that_names_it(trained, tmp_path, capsys):
     for argv, words in cases:
         status, _, err = table(argv, capsys)
         assert status == 2 and words in err and err.count("\n") == 1, (argv, err)
-    assert export.main([str(tmp_path / "no-run"), "--to", "fastai"]) == 2
+    assert export.main([str(tmp_path / "no-run")]) == 2
     assert "no such run folder" in capsys.readouterr().err
 
 
@@ -281,27 +278,6 @@ def test_help_is_short(module, capsys):
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
-
-
-def test_load_learner_predicts_the_same_without_this_project(trained, evaluated, capsys):
-    from fastai.learner import load_learner
-
-    run, _ = trained
-    paths, _, p = evaluated
-    assert export.main([str(run), "--to", "fastai"]) == 0
-    assert "warning: loading a pickle runs the code in it" in capsys.readouterr().out
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        learn = load_learner(run / "export.pkl")
-    found, _ = learn.get_preds(dl=learn.dls.test_dl(paths))
-    assert np.abs(found.numpy() - p).max() < 1e-6
-    name, k, one = learn.predict(paths[3])
-    assert name == predict.load(run).classes[p[3].argmax()] and k == p[3].argmax() and np.allclose(one, p[3], atol=1e-6)
-    assert list(learn.dls.vocab) == predict.load(run).classes
-    with zipfile.ZipFile(run / "export.pkl") as archive:
-        content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
-    named = {arg.split(" ")[0] for op, arg, _ in pickletools.genops(content) if op.name == "GLOBAL"}
-    assert "torch._utils" in named and not [m for m in named if m == "lib" or m.startswith("lib.")]
 
 
 def test_onnx_without_its_packages_says_what_to_install(trained, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from PIL import Image
 from lib import compare, config, report, runs
 from lib.cli import BadInput
 from lib.config import Config
-from lib.explain import evaluate
+from lib.explain import evaluate, plots
 from lib.runs import write_csv, write_table
 from lib.train import progress, recorder
 from tests.browser import CHROMIUM, Browser
@@ -99,11 +99,13 @@ def test_the_page_is_of_the_folder_alone(tmp_path):
     assert report.write(run.rename(tmp_path / "elsewhere/run")).read_bytes() == before
     run = tmp_path / "elsewhere/run"
     data = data_of(run / "report.html")
-    assert data["headline"][0] == ["test accuracy", "0.8000", "78 of 90 images right"] and data["kept"] == 5
+    right = "78 of 90 images right; 95% interval 0.7059 to 0.8696"
+    assert data["headline"][0] == ["test accuracy", "0.8000", right] and data["kept"] == 5
+    assert right.endswith(data["interval"])
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "tta_test_acc": 0.8123}))
     data = data_of(report.write(run))
-    assert data["headline"][0][2] == "78 of 90 images right; 0.8123 with mirror images (tta)"
+    assert data["headline"][0][2] == right + "; 0.8123 with mirror images (tta)"
     assert data["rows"]["test_acc"] == pytest.approx([row["test_acc"] for row in rows_of(6, 0.8)], rel=1e-5)
     assert data["cuts"] == [3.5] and data["range"]["loss"][-1] is None
     assert data["confusion"] == [[25, 2, 2], [2, 25, 2], [2, 2, 25]]
@@ -126,6 +128,49 @@ def test_pictures_and_maps_are_those_of_the_mistakes(tmp_path):
         for k, name in enumerate(("why", "where")):
             got = np.frombuffer(base64.b64decode(found[file][name]), np.uint8).reshape(32, 32)
             assert np.abs(got / 255 - maps[k, i]).max() < 0.5 / 255 + 1e-6
+
+
+def test_of_the_kept_weights_there_is_one_number(tmp_path):
+    """Curves are in the run's precision, the summary is in float32."""
+    run = run_folder(tmp_path / "run")
+    exact = data_of(report.write(run))
+    env, summary = (json.loads((run / name).read_text()) for name in ("env.json", "summary.json"))
+    assert not exact["exact"] and exact["rows"]["test_acc"][4] == pytest.approx(rows_of(6, 0.8)[4]["test_acc"])
+    (run / "env.json").write_text(json.dumps({**env, "precision": "bf16"}))
+    data = data_of(report.write(run))
+    assert data["exact"] and data["rows"]["test_acc"][4] == summary["test_acc"] == 0.8
+    assert data["rows"]["valid_acc"][4] == summary["valid_acc"] and f"{summary['test_acc']:.4f}" in data["headline"][0]
+    for name in ("test_acc", "valid_acc"):
+        exact["rows"][name][4] = data["rows"][name][4]
+    assert data["rows"] == exact["rows"]  # nothing else is touched
+
+
+def test_the_first_images_are_in_the_page_in_few_bytes(tmp_path):
+    run, noise = run_folder(tmp_path / "run"), np.random.default_rng(0)
+    assert data_of(report.write(run))["batch"] is None  # a run of an earlier version
+    decoded = lambda: base64.b64decode(data_of(report.write(run))["batch"].split(",")[1])
+    Image.fromarray(np.zeros((100, 200, 3), np.uint8)).save(run / "train_batch.png")
+    assert decoded() == (run / "train_batch.png").read_bytes()
+    blocks = noise.integers(0, 256, (95, 161, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+    Image.fromarray(np.clip(blocks + noise.integers(-9, 9, blocks.shape), 0, 255).astype(np.uint8)).save(
+        run / "train_batch.png"
+    )
+    assert (run / "train_batch.png").stat().st_size > report.BATCH > len(decoded())
+    with Image.open(io.BytesIO(decoded())) as image:
+        assert image.format == "JPEG" and max(image.size) == 1000
+    Image.fromarray(noise.integers(0, 256, (1000, 1000, 3), np.uint8)).save(run / "train_batch.png")
+    assert data_of(report.write(run))["batch"] is None  # even as JPEG too large
+
+
+def test_maps_have_the_words_of_their_figure():
+    image, cam = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 16, 16), np.float32)
+    row = dict(rank=1, file="a", truth="x", prediction="y", p_truth=0.1, p_prediction=0.7)
+    axes = plots.gradcam(image, cam, cam, [row], "title").axes
+    label, page = axes[-1].get_xlabel(), report.TEMPLATE.read_text(encoding="utf-8")
+    start, end = re.fullmatch(r"m(ap of .*) (to .* image) \(line.*\)", label).groups()
+    assert f'"A m{start} "' in page and f'" {end}."' in page
+    empty = next(text.get_text() for text in axes[0].texts if text.get_text().startswith("empty"))
+    assert all(f'"{line}"' in page for line in empty.split("\n"))
 
 
 def test_every_confusion_has_a_picture_before_one_has_its_fourth():
@@ -246,8 +291,12 @@ def test_a_comparison_has_its_table_curves_and_links(tmp_path, capsys):
     assert any("one_cycle equals plateau" in note for note in data["notes"])
     assert [curve["name"] for curve in data["curves"]] == ["plateau", "one_cycle"]
     two = [rows_of(n, best)[4]["test_acc"] for n, best in ((5, 0.8), (6, 0.81))]
-    assert data["curves"][1]["test_acc"][4] == pytest.approx([np.mean(two), np.std(two, ddof=1)], rel=1e-4)
-    assert len(data["curves"][1]["lr"]) == 6 and data["curves"][1]["lr"][5][1] == 0
+    mean, deviation = np.mean(two), np.std(two, ddof=1)
+    assert data["curves"][1]["test_acc"][4] == pytest.approx([mean, mean - deviation, mean + deviation], rel=1e-4)
+    assert len(data["curves"][1]["lr"]) == 6 and len(set(data["curves"][1]["lr"][5])) == 1
+    rates = report.band([{"lr": [0.1, 0.1]}, {"lr": [0.001, 0.0]}], "lr")  # 0 has no place on the axis
+    spread = 10 ** np.std([-1, -3], ddof=1)
+    assert rates == [pytest.approx([0.01, 0.01 / spread, 0.01 * spread], rel=1e-5), [0.1] * 3]
     links = {row["folder"]: row["link"] for row in data["runs"]}
     assert links["plateau-s0"] == "plateau-s0/report.html" and links["one_cycle-s1"] is None
 
@@ -497,8 +546,58 @@ def test_rates_that_spread_over_decades_are_drawn(page, tmp_path):
     rows = [row | {"lr": 1e-4} for row in rows_of(6)]  # the other seed's are some hundred times as large
     write_csv(folder / "plateau-s1/results.csv", rows)
     page.open(report.write(folder))
-    paths = page.js("[...document.querySelectorAll('.chart path')].map(path => path.getAttribute('d'))")
+    shapes = lambda kind, what: page.js(f"[...document.querySelectorAll('.chart {kind}')].map(p => p.{what})")
+    paths = shapes("path", "getAttribute('d')")
     assert paths and not any("NaN" in path or "Infinity" in path for path in paths) and quiet(page) is True
+    # the line of the rate lies in the middle of its band, at every corner
+    corners = lambda text: np.array([[*map(float, pair.split())] for pair in re.split("[ML]", text)[1:]])
+    band = np.array([[*map(float, p.split(","))] for p in shapes("polygon", "getAttribute('points')")[-1].split()])
+    high, low = band[: len(band) // 2], band[len(band) // 2 :][::-1]
+    line = corners(next(p for p in paths[-2:] if len(corners(p)) == len(high)))
+    assert np.abs(line - (high + low) / 2).max() < 0.2 and (low[:, 1] - high[:, 1]).min() > 20
+
+
+@browser
+@needs_chromium
+def test_the_page_tells_its_story_in_order(page, tmp_path):
+    run = run_folder(tmp_path / "run", mistakes=60)
+    gallery = json.loads((run / "gallery.json").read_text())
+    first = next(csv.DictReader(open(run / "mistakes.csv")))["file"]
+    gallery[first]["why"] = base64.b64encode(bytes(32 * 32)).decode()
+    (run / "gallery.json").write_text(json.dumps(gallery))
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps({**env, "precision": "bf16"}))
+    write_csv(run / "doubts.csv", [dict(doubt="near copies", file="a.png", detail="b.png")])
+    Image.new("RGB", (64, 32)).save(run / "train_batch.png")
+    page.open(report.write(run))
+    texts = lambda what: page.js(f"[...document.querySelectorAll('{what}')].map(node => node.textContent)")
+    wanted = ["What was trained", "How well", "Where it fails, and why", "What to try next", "Make it again"]
+    assert texts("h2") == wanted
+    assert page.js("document.querySelector('.fed img').naturalWidth") == 64
+    tile, readout = texts(".tile b")[0], texts(".readout")[0]
+    assert readout.startswith("epoch 5 (kept; valid and test in float32)") and f"test {tile}" in readout
+    assert "is 0.7059 to 0.8696 (Wilson's interval)" in texts("section p")[0]
+    rules = page.js("[...document.querySelectorAll('.rules')].map(list => list.children.length)")
+    assert "Some images are worth a look." in texts(".rules li")[0] and sum(rules) == 7 and rules[0] >= 1
+    assert texts(".rules code") and "`" not in page.js("document.querySelector('main').textContent")
+    # 24 pictures at first, all on request; a map of nothing says so
+    assert page.js(VISIBLE) == 24
+    page.mouse("#mistakes > .controls:last-of-type button", click=True)
+    assert page.js(VISIBLE) == 60
+    said = "[...document.querySelectorAll('.empty')].map(e => getComputedStyle(e).display != 'none')"
+    assert not any(page.js(said))
+    page.mouse("label:has([value=why])", click=True)
+    assert page.js(said) == [True] + 59 * [False]
+    assert quiet(page) is True
+
+
+@browser
+@needs_chromium
+def test_a_table_wider_than_a_phone_says_that_it_scrolls(page, tmp_path):
+    folder = report.write(comparison_folder(tmp_path / "both"))
+    for width, hidden in ((390, False), (1280, True)):
+        page.open(folder, width)
+        assert page.js("document.querySelector('.wide').hidden") is hidden
 
 
 @browser

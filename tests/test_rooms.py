@@ -9,7 +9,7 @@ LIB = Path(__file__).parent.parent / "lib"
 FLOORS = [
     {"cli"},
     {"config"},
-    {"machine"},
+    {"advice", "machine"},
     {"runs"},
     {"data"},
     {"models"},

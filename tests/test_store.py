@@ -36,7 +36,7 @@ def test_the_store_in_a_folder_equals_that_in_an_unnamed_file(ragged, tmp_path, 
         expected = decode.read(path, 24)
         assert min(expected.shape[:2]) == 24
         assert (unnamed[i] == expected).all() and (file[i] == expected).all()
-    assert unnamed.fingerprint() == file.fingerprint()
+    assert unnamed.fingerprint == file.fingerprint
     assert file.folder.parent == tmp_path / "cache" and unnamed.folder is None
 
     def fail(*args):
@@ -45,7 +45,7 @@ def test_the_store_in_a_folder_equals_that_in_an_unnamed_file(ragged, tmp_path, 
     with monkeypatch.context() as m:
         m.setattr(decode, "read", fail)
         again = Store(ragged, 24, tmp_path, cache=tmp_path / "cache")
-    assert (again[299] == unnamed[299]).all() and again.fingerprint() == unnamed.fingerprint()
+    assert (again[299] == unnamed[299]).all() and again.fingerprint == unnamed.fingerprint
 
 
 def test_a_changed_file_is_read_again(ragged, tmp_path):
@@ -70,7 +70,7 @@ def test_an_unnamed_file_goes_with_the_process(ragged, tmp_path):
         assert (unnamed[299] == decode.read(ragged[299], 24)).all()
     assert list((tmp_path / "new").iterdir()) == []
     again = pickle.loads(pickle.dumps(unnamed))  # as a worker process that is spawned gets it
-    assert (again[299] == unnamed[299]).all() and again.fingerprint() == unnamed.fingerprint()
+    assert (again[299] == unnamed[299]).all() and again.fingerprint == unnamed.fingerprint
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -40,7 +40,9 @@ def unpack(archive, folder):
                 (target.parent if opener else target).mkdir(parents=True, exist_ok=True)
                 if opener:
                     with opener() as source, open(target, "xb") as file:
-                        copy(source, file, size)
+                        shutil.copyfileobj(source, file)
+                    if target.stat().st_size != size:
+                        raise ValueError(f"a member is not of the {size:,} bytes that it declares")
         except BadInput:
             raise
         except Exception as error:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
@@ -107,15 +109,3 @@ def fault_of(where, number, total, most):
     if total > most:
         return f"makes it {total:,} bytes; {most:,} are what its size ({MAX_RATIO} times), or the disk, allows"
     return ""
-
-
-def copy(source, target, size):
-    """Copies the `size` bytes that a file has; raises ValueError where it has more or fewer."""
-    left = size
-    while block := source.read(min(left + 1, 1 << 20)):
-        left -= len(block)
-        if left < 0:
-            break
-        target.write(block)
-    if left:
-        raise ValueError(f"a member is not of the {size:,} bytes that it declares")

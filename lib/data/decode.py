@@ -18,7 +18,7 @@ HEIF = (".heic", ".heif")  # read where pillow-heif is installed
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
 EXTENSIONS += HEIF if find_spec("pillow_heif") else ()
 KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM")  # by content; Pillow hands EPS to Ghostscript
-MAX_PIXELS = 178_956_970  # an image of more is refused from its header, before it takes memory: Pillow's own limit
+MAX_PIXELS = 178_956_970  # an image of more is refused from its header by Pillow, before it takes memory
 MANY_PIXELS = 2**24  # images of more are decoded one at a time
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
 MAX_ASPECT = 100  # longer side / shorter side
@@ -28,26 +28,8 @@ RESIZE_RULE = (
 )
 END = b"\xff\xd9"  # the marker at the end of a JPEG
 GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # in place of what is missing of one it would change pixels
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
-
-
-class Lock:
-    """A lock that functions of this module can be pickled with: the copy has its own."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-
-    def __reduce__(self):
-        return Lock, ()
-
-    def __enter__(self):
-        self.lock.acquire()
-
-    def __exit__(self, *error):
-        self.lock.release()
-
-
-large = Lock()  # held where an image may take much memory
+large = threading.Lock()  # held where an image may take much memory
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half as many pixels
 
 
 def read(image, size, levels=None, seen=None):
@@ -70,10 +52,8 @@ def read(image, size, levels=None, seen=None):
         why = error if isinstance(error, Heif) else f"is no whole {', '.join(KINDS)} by its content"
         raise BadInput(f"{name}: {why}; repair or remove it") from None
     except Image.DecompressionBombError:
-        why = (
-            f"has more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb (mogrify -resize 50% makes it smaller)"
-        )
-        raise BadInput(f"{name}: {why}; repair or remove it") from None
+        why = f"has more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb"
+        raise BadInput(f"{name}: {why} (mogrify -resize 50% makes it smaller); repair or remove it") from None
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
         raise BadInput(f"{name}: cannot be read as an image ({one_line(error)}); repair or remove it") from None
 
@@ -128,11 +108,9 @@ def lacks_its_end_alone(content):
 
 def decoded(content, size, levels, seen):
     with Image.open(BytesIO(content), formats=kinds_of(content)) as image:
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise Image.DecompressionBombError
+        many = image.width * image.height > MANY_PIXELS
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        with large if pixels > MANY_PIXELS else nullcontext():
+        with large if many else nullcontext():
             if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in image.tile):
                 image = deep_colours(content, image, levels, seen)
             return resized(upright_rgb(image, levels, seen), size)

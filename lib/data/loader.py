@@ -1,9 +1,7 @@
 """Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
-import os
 import random
 import unicodedata
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, to_device
+from fastai.torch_core import TensorCategory, TensorImage, apply, to_device
 from fastai.vision.core import PILImage
 from fastcore.foundation import L
 from fasttransform import Transform
@@ -26,8 +24,7 @@ from lib.data.decode import batch_size, centre
 from lib.data.folders import find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
-from lib.data.transfer import copied_beside
-from lib.machine import on_this_machine
+from lib.machine import cores, on_this_machine
 from lib.runs import read_card
 
 PLAIN_PIXELS = 2**21  # that say enough of the colours of all
@@ -72,6 +69,10 @@ class Label(Transform):
         self.roots = [root.parts for root in roots]
 
     def encodes(self, path: object) -> str:
+        return self.name_of(path)
+
+    def name_of(self, path):
+        """As `encodes`, without the dispatch by type, which takes a hundred times as long."""
         path = path if isinstance(path, Path) else Path(path)
         inside = [r for r in self.roots if path.parts[: len(r)] == r and len(path.parts) > len(r) + 1]
         return unicodedata.normalize("NFC", path.parts[len(inside[0])] if inside else path.parent.name)
@@ -95,6 +96,21 @@ class NormalizeInPlace(Normalize):
         if x.shape[1:] != self.mean_image.shape[1:]:
             return x.sub_(self.mean).div_(self.std)
         return x.sub_(self.mean_image).div_(self.std_image)
+
+
+def copied_beside(batch, device, stream):
+    """A pinned `batch` on a CUDA device, copied on `stream` while the device computes what it was asked for before."""
+    with torch.cuda.stream(stream):
+        batch = to_device(batch, device, non_blocking=True)
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(stream)
+
+    def used(x):
+        if isinstance(x, torch.Tensor):
+            x.record_stream(computing)  # its memory is not taken anew before it has been used
+        return x
+
+    return apply(used, batch)
 
 
 class StoreDL(TfmdDL):
@@ -127,7 +143,7 @@ class StoreDL(TfmdDL):
         self.labels = None  # class numbers, (n,) int64, where there are some
         if [type(t) for t in sum(transforms[1:], [])] == [Label, Categorize]:
             label, number = transforms[1][0], transforms[1][1].vocab.o2i
-            self.labels = np.array([number.get(label.encodes(p), -1) for p in dataset.items], dtype=np.int64)
+            self.labels = np.array([number.get(label.name_of(p), -1) for p in dataset.items], dtype=np.int64)
 
     def new(self, dataset=None, cls=None, **kwargs):
         """As fastai's. A loader of nothing, as `learn.export` has it, has no store."""
@@ -186,52 +202,34 @@ class StoreDL(TfmdDL):
         return self.batch_of(idxs)
 
     def batch_of(self, idxs):
-        again, seen = [0] * len(idxs), Counter()
-        if len(set(idxs)) < len(idxs):  # an image that comes again is seen as in epochs to come
-            for place, i in enumerate(idxs):
-                again[place] = seen[i]
-                seen[i] += 1
         if self.is_fast(idxs):
-            return self.whole_batch(idxs, again)
-        items = [item for item in map(self.do_item, idxs, again) if item is not None]
+            return self.whole_batch(idxs)
+        items = [item for item in map(self.do_item, idxs) if item is not None]
         return self.do_batch(items) if items else None
 
     def is_fast(self, idxs):
         """Whether a whole batch of these is what fastai's way would make of them."""
         same = len(self.after_item.fs) == len(self.item_tfms) == 3 and not self.before_batch.fs
         same = same and all(a is b for a, b in zip(self.after_item.fs, self.item_tfms))
-        return same and not PER_ITEM & vars(self).keys() and self.reads() and None not in [self.ids[i] for i in idxs]
+        same = same and [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
+        return same and not PER_ITEM & vars(self).keys() and None not in [self.ids[i] for i in idxs]
 
-    def reads(self):
-        """Whether items are read as the store's are."""
-        return [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
-
-    def store_id(self, i):
-        """The number in the store of item `i`; None where it is to be read."""
-        return self.ids[i] if self.ids and self.reads() else None
-
-    def whole_batch(self, idxs, again):
+    def whole_batch(self, idxs):
         augment, crop, _ = self.item_tfms
         augmented, size = self.after_item.split_idx == augment.split_idx, crop.size
         images = np.empty((len(idxs), size, size, 3), np.uint8)
-        for row, (i, times) in enumerate(zip(idxs, again)):
-            image, number = self.store[self.ids[i]], self.ids[i]
-            images[row] = augment.apply(image, self.epoch + times, number) if augmented else centre(image, size)
+        for row, number in enumerate(self.ids[i] for i in idxs):
+            image = self.store[number]
+            images[row] = augment.apply(image, self.epoch, number) if augmented else centre(image, size)
         x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
 
-    def do_item(self, i, again=0):
-        number = self.store_id(i or 0)
+    def do_item(self, i):
+        number = self.ids[i] if self.ids and i is not None else None
         for t in self.after_item.fs:
             if isinstance(t, AlbumentationsTransform):
-                t.position = self.epoch + again, i or 0 if number is None else number
+                t.position = self.epoch, i or 0 if number is None else number
         return super().do_item(i)
-
-    def create_item(self, i):
-        number = self.store_id(i or 0)
-        if number is None:
-            return super().create_item(i)
-        return PILImage.create(self.store[number]), *(tl[i or 0] for tl in self.dataset.tls[1:])
 
     def plain(self, most=None):
         """(images, labels) of at most `most` images, not augmented, that lie evenly in the set and so in its classes.
@@ -314,7 +312,7 @@ def get_dls(config, device="cpu"):
     device, workers = torch.device(device), config.workers
     evaluation = {}
     if workers == "auto":
-        workers = 0 if device.type == "cpu" else min(8, max(1, os.cpu_count() // on_this_machine()))
+        workers = 0 if device.type == "cpu" else min(8, max(1, cores() // on_this_machine()))
         evaluation["num_workers"] = 0  # to copy pixels from the store takes less time than to start processes
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
     options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))

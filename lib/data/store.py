@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lib.cli import BadInput, one_line, printable, read_json
 from lib.data import decode
+from lib.machine import cores
 from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
@@ -44,9 +45,10 @@ class Store:
     ):
         self.paths, self.size, self.folder = list(paths), size, None
         self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
-        threads = threads or os.cpu_count()
+        threads = threads or cores()
         facts = self.in_folder(Path(cache), threads, skip) if cache else self.unnamed(temporary, threads, skip)
-        self.hash, self.skipped = facts["fingerprint"], [(self.names[i], reason) for i, reason in facts["skipped"]]
+        self.fingerprint = facts["fingerprint"]  # a hash of names, shapes and pixels: 16 hexadecimal digits
+        self.skipped = [(self.names[i], reason) for i, reason in facts["skipped"]]
         self.levels = facts["levels"]  # that are black and white in images of more than 8 bits; None without such
         if self.skipped and not skip:  # in a file that another run has written
             raise BadInput(f"{Path(root, self.skipped[0][0])}: {self.skipped[0][1]}; {REMEDY}")
@@ -150,10 +152,6 @@ class Store:
         self.__dict__.update(state)
         if self.folder:
             self.map(self.folder / "pixels")
-
-    def fingerprint(self):
-        """A hash of names, shapes and pixels: 16 hexadecimal digits."""
-        return self.hash
 
     def stats(self, ids):
         """Mean and standard deviation a channel, in 0..1, over every pixel of images `ids`: two (3,) float arrays."""

@@ -4,9 +4,9 @@ import base64
 import io
 import math
 import time
-from collections import Counter
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import to_device
@@ -90,13 +90,11 @@ def pictured(rows, gallery, most=100):
 
     They are the worst `gallery`, then the worst of each confusion, its second worst and so on: `most` in all.
     """
-    seen, turn = Counter(), {}
-    for row in rows:
-        pair = row["truth"], row["prediction"]
-        turn[row["rank"]] = seen[pair]
-        seen[pair] += 1
-    others = sorted(rows[gallery:], key=lambda row: turn[row["rank"]])[: max(most - gallery, 0) if gallery else 0]
-    return sorted(rows[:gallery] + others, key=lambda row: row["rank"])
+    if not (gallery and rows):
+        return []
+    turns = pd.DataFrame(rows).groupby(["truth", "prediction"]).cumcount()
+    turns[:gallery] = -1
+    return [rows[i] for i in sorted(turns.sort_values(kind="stable").index[:most])]
 
 
 def save_gallery(run, rows, images, why, where):
@@ -121,14 +119,11 @@ def save_gallery(run, rows, images, why, where):
     )
 
 
-def save_train_batch(learn, config, run, most=32):
+def save_train_batch(learn, run, most=32):
     """Writes train_batch.png: the first images of training as augmentation feeds them to the network."""
     dl = learn.dls.train
     x, y = dl.make_batch(dl.get_idxs()[:most])
     title = "What the network is fed: the first training images, augmented"
-    if config.small_epochs:
-        side = models.small_side(learn.dls.store.size)
-        title += f"\n(until epoch {config.small_epochs} at {side} x {side} pixels)"
     labels = [learn.dls.vocab[int(i)] for i in y]
     write_figure(run / "train_batch.png", plots.train_batch(x.permute(0, 2, 3, 1).numpy(), labels, title))
 
@@ -193,21 +188,14 @@ def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
     }  # fmt: skip
 
 
-def rates_of(learn, rows):
-    """(steps, 3) array: place on the axis of epochs, learning rate and momentum of each step; None where some lack."""
-    steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
-    if sum(steps) != len(learn.recorder.steps):
-        return None
-    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
-    return np.column_stack([np.concatenate(places), learn.recorder.steps])
-
-
 def save_results(learn, config, run, rows, best_epoch, title):
     """Writes results.png."""
-    small = (config.small_epochs, models.small_side(learn.dls.store.size)) if config.small_epochs else None
+    steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
+    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
+    rates = np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
     plateaus, averaged = config.schedule in ("plateau", "grow_batch"), config.ema > 0
-    options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged, small=small)
-    shown = (config.target, best_epoch, run.env["chosen_on"], rates_of(learn, rows))
+    options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged)
+    shown = (config.target, best_epoch, run.env["chosen_on"], rates)
     write_figure(run / "results.png", plots.results(rows, title, *shown, **options))
 
 
@@ -217,12 +205,6 @@ def save_confusion(run, test, classes, title):
     table = [[name, *row] for name, row in zip(classes, counts.tolist())]
     write_table(run / "confusion_matrix.csv", ["truth", *classes], table)
     write_figure(run / "confusion_matrix.png", plots.confusion_matrix(counts, classes, title))
-
-
-def save_scores(run, test, classes):
-    """Writes classes.csv and calibration.csv of an outcome on test."""
-    write_csv(run / "classes.csv", scores.of_classes(*test[:2], classes))
-    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
 
 
 def save_mistakes(learn, config, run, test, images_of_test):
@@ -254,10 +236,11 @@ def report(learn, config, run, rows, best, start):
     also = "" if run.env["chosen_on"] == "valid" else ", which also chose the weights"
     images_of_test = f"{len(test[0]):,} test images{also}"
     save_results(learn, config, run, rows, best.epoch_number, title)
-    save_scores(run, test, list(learn.dls.vocab))
+    write_csv(run / "classes.csv", scores.of_classes(*test[:2], list(learn.dls.vocab)))
+    write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
-    summary["total_seconds"] = time.perf_counter() - start
+    summary |= {"other_load": learn.share_cores.other_load, "total_seconds": time.perf_counter() - start}
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)

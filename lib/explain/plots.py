@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
@@ -26,9 +27,14 @@ def axes(width, height, rows=1, cols=1, **kwargs):
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, cols, squeeze=False, **kwargs)
     for ax in grid.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
+        tidy(ax)
     return figure, grid
+
+
+def tidy(ax):
+    """Gives axes a light grid in the place of a frame."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3)
 
 
 def short(name, most=16):
@@ -47,9 +53,8 @@ def results(
     plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
     label_smoothing=0.0,  # that the training loss has and the others have not
     averaged=False,  # whether an average of the weights was evaluated
-    small=None,  # (epochs, side): so long images were of so many pixels
 ):
-    """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus and where images grow."""
+    """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus."""
     figure, ((top,), (middle,), (bottom,)) = axes(11.5, 9, 3, sharex=True, height_ratios=(3, 3, 1.4))
     dots = "." if len(rows) < 15 else None
     for name, (colour, line) in SETS.items():
@@ -67,8 +72,8 @@ def results(
         top.plot(best_epoch, rows[best_epoch - 1]["test_acc"], "o", color=VERMILION, mec="black", ms=8, label=label)
     beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0))  # no legend lies on a curve
     middle.legend(**beside)  # the legend above names the lines that come now
-    for ax in (top, middle, bottom):
-        mark_changes(ax, rows, plateaus, small)
+    for ax in (top, middle, bottom) if plateaus else ():
+        mark_changes(ax, rows)
     noted = "\n(test chose the weights and the schedule: no held-out set)" if chosen_on == "test" else ""
     top.set_title(title + noted, parse_math=False)
     top.set(ylabel="accuracy")
@@ -82,16 +87,13 @@ def results(
     return figure
 
 
-def mark_changes(ax, rows, plateaus, small):
-    """Vertical lines where the rate fell, or the batch grew, and where images grew."""
+def mark_changes(ax, rows):
+    """Vertical lines where the rate fell, or the batch grew."""
     changed = lambda a, b: b["lr"] < a["lr"] or b.get("batch_size", 0) > a.get("batch_size", 0)
-    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if plateaus and changed(a, b)]
+    cuts = [a["epoch"] + 0.5 for a, b in zip(rows, rows[1:]) if changed(a, b)]
     for i, cut in enumerate(cuts):
         label = None if i else "plateau: rate reduced, or batch grown"
         ax.axvline(cut, color=GREY, lw=1, ls="--", alpha=0.6, label=label)
-    if small and small[0] < len(rows):
-        label = f"before: images of {small[1]} x {small[1]} pixels"
-        ax.axvline(small[0] + 0.5, color=BLUE, lw=1.5, ls=":", label=label)
 
 
 def draw_rates(ax, rates):
@@ -181,17 +183,10 @@ def train_batch(images, labels, title):
         y, x = i // cols * high + high - h, i % cols * wide
         mosaic[y : y + h, x : x + w] = image
         ax.text(x + w / 2, y - 0.06 * h, short(label), fontsize=11, ha="center", va="bottom", parse_math=False)
-    draw_image(ax, mosaic, title)
-    return figure
-
-
-def draw_image(ax, image, title="", cam=None, **font):
-    """An image, with a map over it where there is one."""
-    ax.imshow(image, interpolation="nearest")
-    if cam is not None:
-        ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
-    ax.set_title(title, parse_math=False, **font)
+    ax.imshow(mosaic, interpolation="nearest")
+    ax.set_title(title, parse_math=False)
     ax.axis("off")
+    return figure
 
 
 def gradcam(
@@ -243,21 +238,19 @@ def place_image(ax, x, y, image, cam=None):
 
 def explanation(image, cam, title):
     """An image, (h, w, 3) uint8, and the map for its prediction, (h, w) in 0..1."""
-    figure, ((left, right),) = axes(6, 3.4, 1, 2)
-    draw_image(left, image)
-    draw_image(right, image, cam=cam)
+    figure, (row,) = axes(6, 3.4, 1, 2)
+    for ax, shown in zip(row, (None, cam)):
+        place_image(ax, 0, 0, image, shown)
+        ax.axis("off")
     figure.suptitle(title, parse_math=False)
     return figure
 
 
 def means(points):
     """Of [(epoch, seconds, accuracy), …] of several runs: epochs, mean seconds, means and deviations, and n."""
-    points = np.array(points, float)
-    marks = np.unique(points[:, 0])
-    groups = [points[points[:, 0] == mark] for mark in marks]
-    _, seconds, mean = np.array([group.mean(0) for group in groups]).T
-    deviation = np.array([group[:, 2].std(ddof=1) if len(group) > 1 else 0 for group in groups])
-    return marks, seconds, mean, deviation, max(map(len, groups))
+    epochs = pd.DataFrame(points, columns=["epoch", "seconds", "accuracy"]).groupby("epoch")
+    mean, deviation = epochs.mean(), epochs.accuracy.std().fillna(0)
+    return mean.index.to_numpy(), *(a.to_numpy() for a in (mean.seconds, mean.accuracy, deviation)), epochs.size().max()
 
 
 def comparison(
@@ -288,8 +281,7 @@ def comparison(
             low, high = mean - deviation, np.minimum(mean + deviation, 1)
             ax.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0) if n > 1 else None
     for k, ax in enumerate(grid.flat):
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
         ax.set(xlabel="epoch" if many or k == 0 else "seconds of training, evaluation included")
         ax.set_visible(k < len(curves) or not many)
     highest = min(grid[0, 0].get_ylim()[1], 1.0)
@@ -319,5 +311,4 @@ def draw_finals(figure, finals):
     ax.set_yticks(range(len(finals)), [short(name, 26) for name in finals], parse_math=False)
     ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy at the end:\nseeds, mean, 95% interval")
     ax.set_xlim(None, min(ax.get_xlim()[1], 1.0005))
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)

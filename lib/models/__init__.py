@@ -1,8 +1,6 @@
 """Networks: ours, torchvision's and timm's, fresh, pretrained, or rebuilt from a run."""
 
-from lib.models.layers import as_map, cam_layer, small_side, smallest_side
+from lib.models.layers import as_map, cam_layer
 from lib.models.zoo import build, card, check, check_batches, rebuild, split
 
-__all__ = [
-    "as_map", "build", "cam_layer", "card", "check", "check_batches", "rebuild", "small_side", "smallest_side", "split"
-]  # fmt: skip
+__all__ = ["as_map", "build", "cam_layer", "card", "check", "check_batches", "rebuild", "split"]

@@ -74,20 +74,3 @@ def cam_layer(model, size):
         raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
     preferred = getattr(model, "cam_layer", None)
     return preferred if preferred in matters else matters[-1]
-
-
-def small_side(size):
-    """The side of the images of --small-epochs, in pixels, where it is `size` in the epochs after them."""
-    return size * 3 // 4
-
-
-def smallest_side(model, config, size):
-    """The side of a run's smallest images. Raises BadInput where `model` does not take them, or no GradCAM is had."""
-    cam_layer(model, size)
-    if config.small_epochs:
-        size = small_side(size)
-        try:
-            cam_layer(model, size)
-        except BadInput as e:
-            raise BadInput(f"{e}, or --small-epochs 0") from None
-    return size

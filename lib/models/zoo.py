@@ -11,6 +11,7 @@ import torch
 
 from lib.cli import BadInput, brief, guess, one_line
 from lib.config import AUXILIARY
+from lib.data.decode import RESIZE_RULE
 from lib.models.layers import heads
 from lib.models.networks import SmallResNet
 
@@ -170,7 +171,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
     """Raises BadInput where a batch, or a rank's part of one, is one image, and `model` cannot be trained on one.
 
     BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image. `sizes`
-    are the batch sizes that the run comes to, `n` counts the training images, whose side is `size` pixels or more.
+    are the batch sizes that the run comes to, `n` counts the training images, of `size` pixels.
     """
     leaves_one = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
     if not any(map(leaves_one, sizes)):
@@ -187,7 +188,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
         ) from None
 
 
-def card(name, dls, resize_rule, flip):
+def card(name, dls, flip):
     """The content of weights/model.json: what rebuilds the trained network, and how images become its input."""
     constructor, args = MODELS.get(name, (None, {}))
     theirs = name if name.startswith(TIMM) else f"torchvision.{name}"
@@ -198,8 +199,9 @@ def card(name, dls, resize_rule, flip):
         "size": dls.store.size,
         "mean": dls.mean.tolist(),
         "std": dls.std.tolist(),
-        "resize": resize_rule,
+        "resize": RESIZE_RULE,
         "flip": flip,
+        "levels": dls.store.levels,
     }
 
 

@@ -1,4 +1,4 @@
-"""The average of the weights, the best weights, and images that are small at first."""
+"""The average of the weights, and the best weights."""
 
 import dataclasses
 
@@ -6,7 +6,6 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save as to_safetensors
 from sklearn.metrics import f1_score
-from torch.nn.functional import interpolate
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lib.config import FEW_VALID
@@ -80,26 +79,22 @@ def resolved(config, dls):
 
 
 class KeepBest(Callback):
-    """Keeps the weights of the epoch that is best by `column` (ties: lower valid loss), in memory and as a file.
-
-    An epoch on whole images is better than any on small ones.
-    """
+    """Keeps the weights of the epoch that is best by `column` (ties: lower valid loss), in memory and as a file."""
 
     order, train_only = 70, True
 
     def __init__(
         self,
         save=None,  # called with the safetensors bytes of each new best
-        small_epochs=0,  # epochs on small images
         column="valid_acc",  # of the record; of a loss the lowest is best
     ):
-        self.save, self.small_epochs, self.column = save, small_epochs, column
+        self.save, self.column = save, column
         self.best, self.epoch_number, self.state = (), None, None
 
     def after_epoch(self):
         row = self.learn.recorder.rows[-1]
         value = -row[self.column] if self.column.endswith("loss") else row[self.column]
-        score = (row["epoch"] > self.small_epochs, value, -row["valid_loss"])
+        score = (value, -row["valid_loss"])
         if score > self.best:
             self.best, self.epoch_number = score, row["epoch"]
             weights = self.learn.model.state_dict()
@@ -112,32 +107,3 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state):
         self.best, self.epoch_number, self.state = tuple(state["best"]), state["epoch_number"], state["state"]
-
-
-class SmallImages(Callback):
-    """In the first epochs images are smaller, in training, range test and evaluation: progressive resizing.
-
-    An image of 3/4 of the side costs about 9/16 (Howard & Gugger, Deep Learning for Coders, ch. 7; Touvron et al.,
-    arXiv 1906.06423, on why evaluation goes along). After the fit images are whole.
-    """
-
-    order = -1  # before what looks at the images
-
-    def __init__(
-        self,
-        epochs,  # so many, counted over all fits
-        side,  # pixels
-    ):
-        self.epochs, self.side, self.active = epochs, side, False
-
-    def before_train(self):
-        self.active = self.learn.epochs_trained < self.epochs
-
-    def before_batch(self):
-        if self.active:  # bilinear and antialiased, as Pillow has it
-            size = (self.side, self.side)
-            small = [interpolate(x, size, mode="bilinear", antialias=True) for x in self.learn.xb]
-            self.learn.xb = tuple(x.contiguous(memory_format=self.learn.memory_format) for x in small)
-
-    def after_fit(self):
-        self.active = False

@@ -29,19 +29,19 @@ from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 
 from lib import runs
-from lib.config import MOMENTUM
-from lib.models import small_side, split
+from lib.models import split
 from lib.train import ranks
-from lib.train.averaging import EMA, SmallImages, macro_f1
+from lib.train.averaging import EMA, macro_f1
 from lib.train.compiled import Compile, check_compiler
 from lib.train.freezing import Freeze, Hold
 from lib.train.lecture import GradNoise, balanced_order
 from lib.train.looks import Looks
 from lib.train.loss import TrainingLoss, class_weights
-from lib.train.optimizers import OPTIMIZERS, GroupedOptimizer, undecayed
+from lib.train.optimizers import OPTIMIZERS, GroupedOptimizer, maker, undecayed
 from lib.train.plateau import Plateau, StopEarly, plateau_options
 from lib.train.randomness import seed_from
 from lib.train.recorder import EpochRecorder
+from lib.train.sharing import ShareCores
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EARLY_EPOCHS = 3  # in which a network's `early` parameters learn (Jordan, arXiv 2404.00498)
@@ -91,7 +91,6 @@ class SGDLearner(Looks):
         accumulate=1,  # batches whose mean loss makes one update
         wd=5e-4,  # L2 penalty of weights; norms and biases have none, unless wd_bn_bias
         precision="float32",  # float32, bf16 or fp16: the format of matrix products in forward passes
-        channels_last=True,  # memory format of images and weights
         opt_func=None,  # fastai's, in the place of `optimizer` and `mom`: a function that makes an optimizer
         splitter=split,  # fastai's: model -> lists of parameters, one for each group of layers
         cbs=None,  # further callbacks
@@ -104,14 +103,10 @@ class SGDLearner(Looks):
         self.accumulate, self.parallel, self.scaler = accumulate, None, None
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback puts back one that was cut short
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model = model.to(getattr(dls, "device", None) or "cpu", memory_format=self.memory_format)
+        model = model.to(getattr(dls, "device", None) or "cpu", memory_format=torch.channels_last)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
-        if isinstance(opt_func, OptimWrapper):
-            raise ValueError("opt_func must make an optimizer; pass partial(OptimWrapper, opt=…) for one of torch")
         if opt_func is None:
-            torchs, has_momentum = partial(OPTIMIZERS[optimizer], mom=mom), optimizer in MOMENTUM
-            opt_func = partial(GroupedOptimizer, opt=torchs, has_momentum=has_momentum)
+            opt_func = maker(optimizer, mom)
         elif isinstance(opt_func, partial) and opt_func.func is OptimWrapper:
             opt_func = partial(GroupedOptimizer, *opt_func.args, **opt_func.keywords)
         ours = [EpochRecorder if cb is Recorder else cb for cb in defaults.callbacks] if default_cbs else []
@@ -314,9 +309,8 @@ class SGDLearner(Looks):
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for. It prints nothing by itself."""
     weight = class_weights(dls.train.labels, len(dls.vocab)) if config.class_weights else None
-    cbs = list(cbs or [])
-    if config.small_epochs:
-        cbs.append(SmallImages(config.small_epochs, small_side(dls.store.size)))
+    on_cpu = torch.device(dls.device).type == "cpu" and ranks.world() == 1
+    cbs = [*(cbs or []), ShareCores(adapt=on_cpu and config.threads == "auto")]
     if config.freeze_epochs:
         cbs.append(Freeze(config.freeze_epochs))
     if early := getattr(model, "early", []):

@@ -17,13 +17,12 @@ from fastcore.foundation import L
 from fastcore.xtras import ContextManagers
 
 from lib.train import lr_range, ranks
-from lib.train.averaging import SmallImages
 from lib.train.randomness import preserved_generators
 from lib.train.recorder import Evaluation
 
 # fastai's callbacks that act on training or its record: looks leave them out. And those that any look needs.
 STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)
-NEEDED = (TrainEvalCallback, CastToTensor, SmallImages, ranks.DataParallel)
+NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)
 LOOP = "training epoch iter n_iter dl xb yb pred loss loss_grad pct_train train_iter n_epoch smooth_loss".split()
 
 
@@ -157,8 +156,6 @@ class Looks(Learner):
         stop_div=True,  # whether it ends where the loss diverges
         show_plot=True,  # whether the curve is drawn
         suggest_funcs=(SuggestionMethod.Valley),  # fastai's rules, or functions like them; None: no suggestion
-        linear=False,  # whether rates rise in equal steps
-        on_valid=False,  # whether the loss is that of valid
     ):
         """The LR range test with fastai's arguments and its named tuple, on a copy: see `lr_range.find`.
 
@@ -176,6 +173,6 @@ class Looks(Learner):
                     points, names = [point for _, point in suggestions], [name for name, _ in rules]
                     self.recorder.plot_lr_find(skip_end=0, suggestions=points, nms=names)
 
-        lr_range.find(self, start_lr, end_lr, num_it, stop_div, linear, on_valid, look)
+        lr_range.find(self, start_lr, end_lr, num_it, stop_div, look=look)
         if rules:
             return namedtuple("SuggestedLRs", [name for name, _ in rules])(*(lr for lr, _ in suggestions))

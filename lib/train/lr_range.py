@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -26,16 +26,14 @@ class RangeTest:
 
     lrs: np.ndarray  # (n,) learning rate of each update, of the last layer group
     losses: np.ndarray  # (n,) raw loss of each update: its own before its step, or that of valid after it
-    smooth_losses: np.ndarray  # (n,) the same, smoothed without delay
     epochs: int  # passes over the training images, complete or not, that it took
     num_it: int  # updates that were asked for
     step_seconds: float = math.nan  # median of the updates
 
-    def trimmed(self):
-        """(rates, smoothed losses) as tensors, without the first tenth and the last five points, as fastai has it."""
-        n = len(self.lrs)
-        first, last = max(min(self.num_it // 10, n - 10), 0), max(n - 5, 10)
-        return torch.tensor(self.lrs[first:last]), torch.tensor(self.smooth_losses[first:last])
+    @cached_property
+    def smooth_losses(self):
+        """(n,) losses, smoothed without delay."""
+        return smoothed(self.losses, self.num_it * SMOOTHING)
 
     @property
     def suggestions(self):
@@ -97,9 +95,9 @@ class RangeTestCallback(Callback):
 
 
 def run(learn, lrs, stop_div=True, on_valid=False):
-    """(rates, raw losses, epochs begun, median seconds) of one mock update a rate, on a copy of the model.
+    """The RangeTest of one mock update a rate, on a copy of the model. It leaves no trace in `learn`.
 
-    It leaves no trace in `learn`. The first updates, in which memory is found, do not count for the seconds.
+    The first updates, in which memory is found, do not count for the seconds.
     """
     loader = learn.dls.train
     if len(loader) == 0:
@@ -122,12 +120,8 @@ def run(learn, lrs, stop_div=True, on_valid=False):
                 loader.epoch = epoch
     n = len(test.curve)
     seconds = float(np.median(np.diff(test.times)[min(2, n - 2) :])) if n > 1 else math.nan
-    return np.asarray(lrs)[:n], np.array(test.curve), twin.epoch + 1, seconds
-
-
-def measured(lrs, losses, epochs, num_it, seconds=math.nan):
-    """The RangeTest of rates and raw losses, (n,) each; the other arguments are its fields."""
-    return RangeTest(lrs, losses, smoothed(losses, num_it * SMOOTHING), epochs, num_it, seconds)
+    last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
+    return RangeTest(last, np.array(test.curve), twin.epoch + 1, len(lrs), seconds)
 
 
 def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
@@ -140,10 +134,7 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
     """
     if num_it < 10:
         raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
-    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
-    lrs, losses, epochs, seconds = run(learn, lrs, stop_div, on_valid)
-    last = lrs[:, -1] if lrs.ndim == 2 else lrs
-    test = measured(last, losses, epochs, num_it, seconds)
+    test = run(learn, (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it), stop_div, on_valid)
     look(test)
     check_fall(test)
     return test
@@ -179,7 +170,9 @@ RULES = {"sixth": sixth, **{name: getattr(fastai_schedule, name) for name in SUG
 
 def suggest(rule, test):
     """(learning rate, point in the figure) that a rule of fastai's kind gives for a RangeTest."""
-    lrs, losses = test.trimmed()
+    n = len(test.lrs)
+    kept = slice(max(min(test.num_it // 10, n - 10), 0), max(n - 5, 10))  # without both ends, as fastai has it
+    lrs, losses = torch.tensor(test.lrs[kept]), torch.tensor(test.smooth_losses[kept])
     if rule is fastai_schedule.slide:
         rule = partial(rule, lr_diff=min(15, len(lrs) - 2))  # its interval must fit a short curve
     lr, point = rule(lrs, losses, test.num_it)

@@ -1,8 +1,12 @@
 """Optimizers: torch's own behind fastai's face, in layer groups, with weight decay on weights alone."""
 
+from functools import partial
+
 import torch
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
 from fastcore.foundation import L
+
+from lib.config import MOMENTUM
 
 OPTIMIZERS = {
     "sgd": lambda params, lr, mom: torch.optim.SGD(params, lr, mom),
@@ -22,6 +26,11 @@ def undecayed(model):
     named = getattr(model, "no_weight_decay", set)()
     spared = lambda name, p: p.ndim <= 1 or name in named or name.split(".")[-1] in EMBEDDINGS
     return [p for name, p in model.named_parameters() if spared(name, p)]
+
+
+def maker(name, mom):
+    """The function that makes the optimizer `name`, one of OPTIMIZERS, of lists of parameters and `lr`, as fastai's."""
+    return partial(GroupedOptimizer, opt=partial(OPTIMIZERS[name], mom=mom), has_momentum=name in MOMENTUM)
 
 
 class GroupHypers(dict):

@@ -1,17 +1,20 @@
 """Detecting a plateau, and the learning rate that falls at one."""
 
-import math
+from functools import partial
 
+import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
 from fastai.callback.tracker import ReduceLROnPlateau as FastaisReduceLROnPlateau
-from fastai.callback.tracker import TrackerCallback
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchsReduceLROnPlateau
 
 
-class Plateau:
+class Plateau(TorchsReduceLROnPlateau):
     """Says "this is a plateau": the monitored value has not become better for more than `patience` steps.
 
-    Counts as torch.optim.lr_scheduler.ReduceLROnPlateau does. A value that is not a number is never better.
+    torch.optim.lr_scheduler.ReduceLROnPlateau counts. A value that is not a number is never better.
     """
 
     def __init__(
@@ -22,40 +25,17 @@ class Plateau:
         patience=10,  # bad steps forgiven
         cooldown=0,  # steps after a plateau in which bad ones are not counted
     ):
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be min or max, not {mode!r}")
-        if threshold_mode not in ("rel", "abs"):
-            raise ValueError(f"threshold_mode must be rel or abs, not {threshold_mode!r}")
-        self.mode, self.threshold, self.threshold_mode = mode, threshold, threshold_mode
-        self.patience, self.cooldown = patience, cooldown
-        self.best, self.bad, self.cooling = math.inf if mode == "min" else -math.inf, 0, 0
-
-    def better(self, value):
-        """Whether `value` beats the best so far by more than the threshold."""
-        change = self.threshold if self.mode == "max" else -self.threshold
-        edge = self.best * (1 + change) if self.threshold_mode == "rel" else self.best + change
-        return value < edge if self.mode == "min" else value > edge
+        options = dict(patience=patience, threshold=threshold, threshold_mode=threshold_mode, cooldown=cooldown)
+        super().__init__(SGD([torch.zeros(1)]), mode, **options)  # no rate of this one is read
 
     def step(self, value):
         """Takes the next monitored value; True where this is a plateau, and counting begins anew."""
-        value = float(value)
-        if self.better(value):
-            self.best, self.bad = value, 0
-        else:
-            self.bad += 1
-        if self.cooling > 0:
-            self.cooling -= 1
-            self.bad = 0
-        if self.bad <= self.patience:
-            return False
-        self.bad, self.cooling = 0, self.cooldown
-        return True
+        self.reached = False
+        super().step(value)
+        return self.reached
 
-    def state_dict(self):
-        return {"best": self.best, "bad": self.bad, "cooling": self.cooling}
-
-    def load_state_dict(self, state):
-        self.best, self.bad, self.cooling = state["best"], state["bad"], state["cooling"]
+    def _reduce_lr(self, epoch):
+        self.reached = True
 
 
 def plateau_options(config):
@@ -109,16 +89,14 @@ class ReduceLROnPlateau(Callback):
         if factor >= 1:
             raise ValueError(f"factor must be below 1, not {factor}")
         self.monitor, self.factor, self.min_lr, self.eps = monitor, factor, min_lr, eps
-        self.options = dict(
-            mode=mode, threshold=threshold, threshold_mode=threshold_mode, patience=patience, cooldown=cooldown
-        )
-        self.plateau, self.warmup_epochs = Plateau(**self.options), warmup_epochs
+        self.new_plateau = partial(Plateau, mode, threshold, threshold_mode, patience, cooldown)
+        self.plateau, self.warmup_epochs = self.new_plateau(), warmup_epochs
 
     def before_fit(self):
         self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")  # as fastai's trackers
         if self.run:
             check_sole_owner(self.learn)
-            self.plateau, self.reductions, self.warming = Plateau(**self.options), [], self.warmup_epochs > 0
+            self.plateau, self.reductions, self.warming = self.new_plateau(), [], self.warmup_epochs > 0
             self.rates = [h["lr"] for h in self.opt.hypers]
 
     def before_batch(self):
@@ -152,32 +130,20 @@ class ReduceLROnPlateau(Callback):
         self.reductions, self.rates = [tuple(r) for r in state["reductions"]], list(state["rates"])
 
 
-class StopEarly(TrackerCallback):
-    """Ends a fit after `patience` epochs in which the monitored value is no better, when the last of them is whole.
+class StopEarly(EarlyStoppingCallback):
+    """fastai's, but it ends a fit when its last epoch is whole.
 
-    fastai's EarlyStoppingCallback ends it in the middle of its epoch: what comes later in order misses that one.
+    fastai's ends it in the middle of an epoch: what comes later in order misses that one.
     """
 
     order, wait = 61, 0
-
-    def __init__(
-        self,
-        monitor="valid_loss",  # a name of `learn.recorder.metric_names`
-        patience=1,  # epochs
-    ):
-        super().__init__(monitor)
-        self.patience = patience
-
-    def before_fit(self):
-        super().before_fit()
-        self.wait = 0
 
     def before_epoch(self):
         if self.wait >= self.patience:
             raise CancelFitException
 
     def after_epoch(self):
-        super().after_epoch()
+        TrackerCallback.after_epoch(self)
         self.wait = 0 if self.new_best else self.wait + 1
 
     def state_dict(self):

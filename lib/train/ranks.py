@@ -23,10 +23,10 @@ class Lost(OneLine):
 def joined(device):
     """Joins the processes that torchrun started, for one run: gloo between CPUs, nccl between GPUs.
 
-    Gives whether this process is the first. Raises Lost where another rank is gone.
+    Raises Lost where another rank is gone.
     """
     if not launched() or dist.is_initialized():
-        yield leads()
+        yield
         return
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device: several processes run on cpu or cuda, not {device.type}")
@@ -34,7 +34,7 @@ def joined(device):
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield leads()
+        yield
     except BadInput as e:
         raise BadInput(e.text if leads() else f"rank {rank()}: {e}") from None
     except RuntimeError as e:

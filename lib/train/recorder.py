@@ -92,7 +92,7 @@ class EpochRecorder(Recorder):
     """fastai's Recorder, with `train_loss` as the mean over the epoch's images (fastai's is a moving average).
 
     `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. In `metric_names`
-    and `values`, columns that fastai lacks come after the metrics. `steps` has (learning rate, momentum) of each step.
+    and `values`, columns that fastai lacks come after the metrics. `hps` has learning rate and momentum of each step.
     Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches and at the end.
     """
 
@@ -102,20 +102,21 @@ class EpochRecorder(Recorder):
         super().__init__(add_time, train_metrics, valid_metrics, beta)
         self.smooth_loss, self.rows, self.hps = SmoothLoss(beta), [], {"lr": [], "mom": []}
         self.lrs, self.iters, self.losses, self.values = [], [], [], []
-        self.under_way, self.start, self.metric_names, self.steps = None, time.perf_counter(), L(), []
+        self.under_way, self.start, self.metric_names = None, time.perf_counter(), L()
 
     def before_fit(self):
         check_sole_owner(self.learn)
         super().before_fit()
         self.evaluation = Evaluation(self.metrics if self.valid_metrics else [])
         self.evaluation.learn = self.learn
+        self.train_scores = self.metrics if self.train_metrics else L()  # the metrics that are taken in training too
         self.columns = ["lr", "train_acc", "valid_acc"]
         if getattr(self.dls, "test", None) is not None:
             self.columns += ["test_loss", "test_acc"]
         names = [name for name in self.metric_names if name != "time"]
         self.metric_names = L(*names, *self.columns, *(["time"] if self.add_time else []))
         self.rows, self.hps, self.start = [], {"lr": [], "mom": []}, time.perf_counter()
-        self.under_way, self.steps = None, []
+        self.under_way = None
         self.begin_row()
 
     def begin_row(self):
@@ -126,11 +127,6 @@ class EpochRecorder(Recorder):
         self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
         self.evaluation.before_validate()
         self.computed = False  # whether the batch under way has a loss
-
-    @property
-    def train_scores(self):
-        """The metrics that are taken in training too."""
-        return self.metrics if self.train_metrics else L()
 
     def before_train(self):
         super().before_train()
@@ -164,7 +160,6 @@ class EpochRecorder(Recorder):
             learn.smooth_loss = self.smooth_loss.value
             self.losses.append(learn.smooth_loss)
             self.lrs.append(lr)
-            self.steps.append((lr, momentum))
             self.hps["lr"].append(lr), self.hps["mom"].append(momentum)
             for metric in self.train_scores:
                 metric.accumulate(learn)
@@ -232,15 +227,18 @@ class EpochRecorder(Recorder):
         under_way = None
         if self.in_epoch:
             under_way = {"row": {**self.row, "seconds": time.perf_counter() - self.start}, "sums": list(self.sums)}
-        return {"rows": self.rows, "under_way": under_way, "steps": torch.tensor(self.steps, dtype=torch.float64)}
+        return {
+            "rows": self.rows,
+            "under_way": under_way,
+            "hps": torch.tensor([*self.hps.values()], dtype=torch.float64),
+        }
 
     def load_state_dict(self, state):
         self.rows, self.under_way = list(state["rows"]), state["under_way"]
         self.values = [L(row.get(name) for name in self.metric_names[1:] if name != "time") for row in self.rows]
-        lrs, momenta = state["steps"].reshape(-1, 2).T.tolist()
         last = self.under_way["row"] if self.under_way else self.rows[-1]
-        self.hps, self.start = {"lr": lrs, "mom": momenta}, time.perf_counter() - last["seconds"]
-        self.steps = list(zip(lrs, momenta))
+        self.hps = dict(zip(("lr", "mom"), state["hps"].tolist(), strict=True))
+        self.start = time.perf_counter() - last["seconds"]
 
     def plot_lr_find(self, *args, **kwargs):
         """As fastai's; returns the figure, which fastai's does not."""

@@ -4,10 +4,11 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from fastai.callback.core import Callback
 
-from lib.config import MOMENTUM
 from lib.train.lecture import GrowBatchOnPlateau, batch_sizes
+from lib.train.optimizers import maker
 from lib.train.plateau import ReduceLROnPlateau, check_sole_owner, plateau_options, warm_up
 
 
@@ -145,18 +146,6 @@ def fit(learn, config, lr, cbs=()):
     learn.fit(config.epochs, lr, cbs=[SCHEDULES[config.schedule](config, lr), *cbs])
 
 
-class Hypers:
-    """The part of a fastai optimizer that schedules touch."""
-
-    def __init__(self, lr, mom, has_momentum=True):
-        self.hypers, self.has_momentum = [{"lr": lr, "mom": mom if has_momentum else 0.0}], has_momentum
-
-    def set_hypers(self, **values):
-        for name, value in values.items():
-            if name != "mom" or self.has_momentum:
-                self.hypers[0][name] = value[0] if isinstance(value, (list, tuple)) else value
-
-
 def trace(config, steps_per_epoch, values=None):
     """Learning rate and momentum at each step of a fit under `config`: (epochs * steps_per_epoch, 2) array.
 
@@ -166,8 +155,10 @@ def trace(config, steps_per_epoch, values=None):
     if not isinstance(config.lr, float):
         raise ValueError("trace needs a number for lr, not 'find'")
     owner, rows = SCHEDULES[config.schedule](config, config.lr), []
+    opt = maker(config.optimizer, config.momentum)([[torch.zeros(1)]], lr=config.lr)
+    opt.split_by_decay()
     learn = owner.learn = SimpleNamespace(
-        opt=Hypers(config.lr, config.momentum, config.optimizer in MOMENTUM),
+        opt=opt,
         recorder=SimpleNamespace(metric_names=["epoch", config.monitor, "time"], values=[]),
         cbs=[owner],
         dls=SimpleNamespace(train=SimpleNamespace(bs=batch_sizes(config)[0])),
@@ -179,7 +170,7 @@ def trace(config, steps_per_epoch, values=None):
     for learn.epoch in range(config.epochs):
         for learn.iter in range(steps_per_epoch):
             owner.before_batch()
-            rows.append((learn.opt.hypers[0]["lr"], learn.opt.hypers[0]["mom"]))
+            rows.append([opt.hypers[0][name] for name in ("lr", "mom")])
         if values is not None and learn.epoch < len(values):
             learn.recorder.values.append([values[learn.epoch]])
             getattr(owner, "after_epoch", lambda: None)()

@@ -16,7 +16,7 @@ LONG = 1800  # seconds from which a faster network is named
 
 def step_seconds(learn):
     """Median seconds of a real update, on a copy of the model; leaves no trace in `learn`."""
-    return lr_range.run(learn, np.full(STEPS, 1e-9), stop_div=False)[3]
+    return lr_range.run(learn, np.full(STEPS, 1e-9), stop_div=False).step_seconds
 
 
 def epoch_seconds(learn, step):

@@ -141,8 +141,8 @@ def accuracy_at(lr, *task):
 
 def curve(highest, *task):
     """(rates, losses, passes over the images) of a range test."""
-    lrs, losses, epochs, _ = lr_range.run(learner(*task)[1], np.geomspace(START, highest, POINTS))
-    return {"lrs": [float(f"{x:.6g}") for x in lrs], "losses": [float(f"{x:.6g}") for x in losses], "epochs": epochs}
+    test, short = lr_range.run(learner(*task)[1], np.geomspace(START, highest, POINTS)), lambda x: float(f"{x:.6g}")
+    return {"lrs": [*map(short, test.lrs)], "losses": [*map(short, test.losses)], "epochs": test.epochs}
 
 
 def jobs(root, options, epochs, cache):
@@ -219,7 +219,7 @@ def judge(done):
             (lr for lr, accuracy in accuracies.items() if accuracy <= 1.5 * chance and lr > best_lr), default=math.inf
         )
         tests = [
-            lr_range.measured(np.array(t["lrs"]), np.array(t["losses"]), t["epochs"], POINTS)
+            lr_range.RangeTest(np.array(t["lrs"]), np.array(t["losses"]), t["epochs"], POINTS)
             for t in row["tests"].values()
         ]
         for rule, suggest in RULES.items():

@@ -39,6 +39,7 @@ from lib import config, machine
 from lib.data import loader
 from lib.models import zoo
 from lib.train import averaging, checkpoint, learner, lr_range, progress, schedules
+from tests.benchmarks import common
 from tests.benchmarks.common import generate, save, subset
 
 ROOT = Path(__file__).parents[2]
@@ -273,11 +274,10 @@ def main():
             subset(Path(args.data), root, args.images, args.images // 4)
         else:
             generate(root, args.images, 32, test=args.images // 4)
-        common = ["--data", root, "--size", 32, "--valid-pct", 0, "--cache", folder, "--model", args.model]
-        common += ["-b", args.batch_size, "--precision", args.precision, "--epochs", 1, "--no-progress"]
-        common += ["--ema", config.SOURCES["cifar10"]["ema"]]
-        common = list(map(str, common))
-        settings = config.parse(common)
+        argv = ["--data", root, "--size", 32, "--valid-pct", 0, "--cache", folder, "--model", args.model]
+        argv += ["-b", args.batch_size, "--precision", args.precision, "--epochs", 1, "--no-progress"]
+        argv += ["--ema", config.SOURCES["cifar10"]["ema"]]
+        settings = config.parse(list(map(str, argv)))
         device = machine.pick_device(settings)
         precision = machine.pick_precision(settings, device)
         torch.manual_seed(0)

@@ -1,0 +1,116 @@
+"""What to try next: rules that are stated, each with the numbers of the run. Needs neither torch nor numpy.
+
+A rule is a function of the run. Its first line is the condition, as report.html states it. It returns whether the rule
+applies, the numbers of this run, and what to try, with flags between backticks; None where it cannot be asked.
+"""
+
+import math
+from collections import Counter
+
+from lib.config import ENDLESS, MODELS
+
+Z = 1.96  # standard errors on each side of a 95% interval
+
+
+def wilson(share, n):
+    """Ends of the 95% interval of a share that was seen in n images (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    z2 = Z**2 / n
+    half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
+    return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
+
+
+def look_first(run):
+    """Some images are worth a look."""
+    kinds = Counter(row[0] for row in run["doubts"])
+    found = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items())
+    return bool(kinds), found or "there are none", "Look at them first: the list below, or `doubts.csv`."
+
+
+def overfitted(run):
+    """Train accuracy is more than 0.03 above the 95% interval of test accuracy."""
+    args, summary = run["args"], run["summary"]
+    train, high = run["rows"]["train_acc"][summary["best_epoch"] - 1], wilson(summary["test_acc"], run["n"]["test"])[1]
+    flags = [f"`--weight-decay {4 * args['weight_decay'] or 5e-4:g}`"]
+    if args["augment"] == "none":
+        flags.insert(0, "`--augment standard`")
+    elif args["augment"] in ("standard", "photo") and args["cutout"] < 16:
+        flags.insert(0, f"`--cutout {16 if args['cutout'] >= 8 else 8}`")
+    flags += [] if args["mixup"] or args["cutmix"] else ["`--mixup 0.4`"]
+    numbers = f"train {train:.4f} in the kept epoch; test {summary['test_acc']:.4f}, its interval ends at {high:.4f}"
+    return (
+        train - high > 0.03,
+        numbers,
+        f"Make the images harder to learn by heart: {', '.join(flags)}; or more images.",
+    )
+
+
+def rise(run):
+    """Train accuracy after the last epoch, its rise in the last fifth of the epochs, and how many those are."""
+    train = run["rows"]["train_acc"]
+    last = min(max(len(train) // 5, 1), len(train) - 1)
+    return train[-1], train[-1] - train[-1 - last], last
+
+
+def unfinished(run):
+    """Train accuracy is below 0.95, and rose by more than 0.01 in the last fifth of the epochs."""
+    (train, more, last), n = rise(run), len(run["rows"]["epoch"])
+    go_on = " (`--resume` with this folder goes on from here)" if run["args"]["schedule"] in ENDLESS else ""
+    numbers = f"train {train:.4f}, {more:+.4f} in the last {last} of {n} epochs"
+    return train < 0.95 and more > 0.01, numbers, f"Train longer: `--epochs {2 * n}`{go_on}."
+
+
+def too_small(run):
+    """Train and test accuracy are below 0.9, and train accuracy rose by no more than 0.01 in the last fifth."""
+    (train, more, last), model, test = rise(run), run["args"]["model"], run["summary"]["test_acc"]
+    larger = [f"`--model {name}`" for name in MODELS[MODELS.index(model) + 1 :][:1]] if model in MODELS else []
+    numbers = f"train {train:.4f}, {more:+.4f} in the last {last} epochs; test {test:.4f}"
+    applies = max(train, test) < 0.9 and more <= 0.01 and last > 0
+    return applies, numbers, f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}."
+
+
+def never_cut(run):
+    """The schedule is plateau, and it never lowered the rate."""
+    args, n = run["args"], len(run["rows"]["epoch"])
+    patience = args["patience_epochs"]
+    less = f" less patience, `--patience-epochs {patience // 2}`;" if patience else ""
+    numbers = f"{args['schedule']}, {n} epochs, patience {patience}, rate lowered {len(run['cuts'])} times"
+    applies = args["schedule"] == "plateau" and not run["cuts"]
+    return applies, numbers, f"Let the rate fall: more epochs, `--epochs {2 * n}`;{less} or `--schedule one_cycle`."
+
+
+def weak_class(run):
+    """The 95% interval of the recall of a class ends more than 0.05 below test accuracy."""
+    classes = [(wilson(right / n, n)[1], right / n, name, n) for name, right, n in run["recalls"] if n]
+    (high, recall, name, n), sizes = min(classes), sorted(size for *_, size in classes)
+    text = "Look at its mistakes above: are they labelled right, and what do the maps look at?"
+    if sizes[-1] >= 1.5 * sizes[0]:  # as in the last lines of a run
+        text += f" Classes have {sizes[0]:,} to {sizes[-1]:,} test images; if training is as uneven: `--class-weights`,"
+        text += " `--balanced-batches`, `--keep macro_f1`."
+    numbers = f"{name} has recall {recall:.4f} in {n:,} images, its interval ends at {high:.4f}"
+    numbers += f"; test accuracy {run['summary']['test_acc']:.4f}"
+    return run["summary"]["test_acc"] - high > 0.05, numbers, text
+
+
+def small_valid(run):
+    """The standard error of valid accuracy is above 0.01, so valid hardly tells which epoch is best."""
+    (best, *others), n = sorted(run["rows"]["valid_acc"], reverse=True), run["n"]["valid"]
+    if run["summary"]["chosen_on"] != "valid":
+        return None
+    low, high = wilson(run["summary"]["valid_acc"], n)
+    error = (high - low) / (2 * Z)  # not 0 where all are right
+    numbers = f"{n:,} valid images, standard error {error:.4f}"
+    numbers += f"; its best two epochs are {best - others[0]:.4f} apart" if others else ""
+    return error > 0.01, numbers, "Hold out more, `--valid-pct 0.2`, or choose by what jumps less, `--keep valid_loss`."
+
+
+RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, small_valid)
+
+
+def advice(run):
+    """[applies, rule, numbers, what to try] of each rule that can be asked; of a run under way, of the first alone.
+
+    `run`: args, n (images of each set), rows (columns of results.csv), summary, or None, cuts (epochs at which the rate
+    fell), recalls (of each class its name, right images, images), doubts (rows of doubts.csv).
+    """
+    told = [(rule.__doc__, rule(run)) for rule in (RULES if run["summary"] else RULES[:1])]
+    return [[applies, condition, *texts] for condition, found in told if found for applies, *texts in [found]]
