@@ -25,6 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 UV = re.compile(r"^uv run((?: --(?:extra|with) \S+)*)(?: torchrun(?: --\S+ \S+)*)? ")
 
 OTHERS = ("--extra", "--help", "--signal")  # of uv and SLURM
+GONE = {"docs/changelog.md": ("--small-epochs",), "results/tried/README.md": ("--small-epochs",)}
 
 
 def ids(path):
@@ -95,7 +96,7 @@ def test_every_flag_that_a_page_names_exists(path):
     known = {flag for name in config.FIELDS for flag in (config.flag_of(name), f"--no-{config.flag_of(name)[2:]}")}
     for line in commands(path.read_text(encoding="utf-8")):
         for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", line) if line.startswith("--") else ():
-            assert flag in known or f'"{flag}"' in ours or flag in OTHERS, flag
+            assert flag in known or f'"{flag}"' in ours or flag in (*OTHERS, *GONE.get(ids(path), ())), flag
 
 
 @pytest.mark.parametrize("path", PAGES, ids=ids)

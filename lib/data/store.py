@@ -33,6 +33,8 @@ class Store:
     with the process.
     """
 
+    resize_rule = decode.RESIZE_RULE  # how an image file becomes pixels, in words
+
     def __init__(
         self,
         paths,  # image files

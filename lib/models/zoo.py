@@ -11,7 +11,6 @@ import torch
 
 from lib.cli import BadInput, brief, guess, one_line
 from lib.config import AUXILIARY
-from lib.data.decode import RESIZE_RULE
 from lib.models.layers import heads
 from lib.models.networks import SmallResNet
 
@@ -199,7 +198,7 @@ def card(name, dls, flip):
         "size": dls.store.size,
         "mean": dls.mean.tolist(),
         "std": dls.std.tolist(),
-        "resize": RESIZE_RULE,
+        "resize": dls.store.resize_rule,
         "flip": flip,
         "levels": dls.store.levels,
     }
