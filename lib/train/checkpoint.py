@@ -19,7 +19,7 @@ from lib.cli import BadInput, one_line
 from lib.runs import write
 from lib.train import ranks
 
-FORMAT = 4  # of the checkpoint; another one is refused
+FORMAT = 5  # of the checkpoint; another one is refused
 GRACE = 5  # seconds in which a second signal is ignored: torchrun forwards those that its processes have had
 
 
