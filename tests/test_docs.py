@@ -318,7 +318,7 @@ SETTINGS = re.compile(r"--[a-z-]+(?: [\d.]+(?:e-\d)?)+")  # a flag and its value
 NO_FILE = {
     "Training minus test accuracy after": "test_the_gap_of_train_and_test_in_the_lecture_is_that_of_its_runs",
     "How far away is 0.915": "a target",
-    "The command above reached 1.0000": "one run of the folder that the page makes; it is not kept",
+    "The command above reached 0.9000": "one run of the folder that the page makes; it is not kept",
     "one image is 0.033 of accuracy": "a thirtieth",
     "comes with `--threshold 0.04`": "settings",
     "It is CIFAR-10's default (0.999)": "settings",
