@@ -180,6 +180,32 @@ def test_the_speeds_in_the_docs_are_those_of_the_files():
     assert f"| {speed['stock']:.0f} | {speed['ours']:.0f} (" in README
 
 
+def test_the_speeds_without_avx512_are_those_of_the_files():
+    text = " ".join((ROOT / "docs/speed.md").read_text(encoding="utf-8").split())
+    speed, step = (json.loads((ROOT / f"results/{name}-avx2.json").read_text()) for name in ("speed", "step"))
+    told = f"at {speed['images_per_second']['ours']:.0f} images/s: {speed['ratio_to_stock']:.2f} times stock fastai, "
+    assert told + f"and {speed['ratio_to_ceiling']:.2f} of the ceiling" in text
+    convolutions = sum(share for name, share in step["share of a step"].items() if "convolution" in name)
+    assert f"Convolutions take {convolutions:.2f} of a step." in text
+    reached = [round(step["operations per second"][what] / 1e9) for what in ("a step", "a matrix product")]
+    assert "A step computes {} GFLOP/s. A product of two large matrices reaches {}.".format(*reached) in text
+    ways = step["images_per_second"]
+    shares = [ways[name] / ways["as a run has it"] for name in ("channels first", "batches of 512", "torch.compile")]
+    told = "channels first {:.2f}, batches of 512 images {:.2f}, `torch.compile` {:.2f} after {:.0f} s of compiling"
+    assert told.format(*shares, step["seconds to compile"]) in text
+
+
+def test_the_speeds_beside_other_programs_are_those_of_the_file():
+    text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    models = json.loads((ROOT / "results/neighbour.json").read_text())["models"].values()
+    ways = {"auto": "--threads auto", "2 threads": "--threads 2", "1 thread": "--threads 1"}
+    for place, found in next(iter(models))["images_per_second"].items():
+        for way in found:
+            speeds = [(m["images_per_second"][place][way], m["ratio to 2 threads alone"][place][way]) for m in models]
+            cells = " | ".join(f"{speed:,.0f} ({ratio:.2f})" for speed, ratio in speeds)
+            assert f"| {place}: `{ways[way]}` | {cells} |" in text
+
+
 def test_the_other_speeds_in_the_docs_are_those_of_the_files():
     """The second run of the ResNet-9, the loader alone, and the start of a command."""
     text = " ".join((ROOT / "docs/speed.md").read_text(encoding="utf-8").split())

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lib.cli import BadInput, one_line
 
@@ -138,12 +138,13 @@ def deep_colours(content, image, levels, seen):
 
 def upright_rgb(image, levels, seen):
     """A PIL image as an upright one in RGB; transparency becomes white."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(from_deep(np.asarray(image), image.mode, levels, seen))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def from_deep(array, mode, levels, seen):

@@ -46,7 +46,9 @@ class Store:
         temporary=None,  # folder of the unnamed file, made if need be; where it cannot be written, the system's
     ):
         self.paths, self.size, self.folder = list(paths), size, None
-        self.names = [os.path.relpath(p, root).replace(os.sep, "/") for p in self.paths]
+        start = os.path.join(root, "")  # relpath alone takes half a second of 60,000
+        relative = lambda p: p.removeprefix(start) if p.startswith(start) else os.path.relpath(p, root)
+        self.names = [relative(os.fspath(p)).replace(os.sep, "/") for p in self.paths]
         threads = threads or cores()
         facts = self.in_folder(Path(cache), threads, skip) if cache else self.unnamed(temporary, threads, skip)
         self.fingerprint = facts["fingerprint"]  # a hash of names, shapes and pixels: 16 hexadecimal digits
