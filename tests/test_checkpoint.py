@@ -150,7 +150,7 @@ def test_data_that_has_moved_is_asked_for(whole, tmp_path, bands, capsys):
 def test_the_checkpoint_is_a_plain_state_dict_and_no_damage_to_it_is_taken(whole, tmp_path):
     file, copy = whole / "weights/last.pt", tmp_path / "last.pt"
     state = torch.load(file, weights_only=True)
-    assert state.pop("format") == 4 and state["epochs_trained"] == 4
+    assert state.pop("format") == checkpoint.FORMAT and state["epochs_trained"] == 4
     content, seen = file.read_bytes(), 0
     for place in range(0, len(content), len(content) // 200):
         copy.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])

@@ -264,7 +264,8 @@ def test_freed_memory_is_kept_and_not_cleared_anew():
     """
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     given_back, first, kept = map(int, out.split())
-    assert first < 2 * given_back and kept < given_back / 50
+    pages = 2**26 // 4096  # of one tensor; of huge pages, which the system gives where it can, there are fewer
+    assert first < 2 * pages and kept < pages / 50 and kept < given_back / 2
 
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
