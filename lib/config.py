@@ -78,20 +78,22 @@ class Config:
     seeds: tuple[int, ...] = option((0,), "one run for each: weights, order, augmentation", low=0, high=2**32 - 1)
     split_seed: int = option(0, "seed of the split, where the data is not split already", low=0, high=2**32 - 1)
     epochs: int = option(None, "passes over the training images (50; digits 20)", low=1)
-    batch_size: int | Auto = option("auto", "images a step; auto: 128, less if under 20 steps", "-b", low=1, high=10**6)
+    batch_size: int | Auto = option(
+        "auto", "images per step; auto: 128, or less for few images", "-b", low=1, high=10**6
+    )
     model: str = option(None, f"{', '.join(MODELS)}, torchvision's such as resnet18, timm/NAME (medium; digits small)")
     pretrained: str = option("", "start from weights: the library's, or FILE (.pth, .safetensors)", alone="torchvision")
     freeze_epochs: int = option(None, "epochs in which only the head learns (1 with --pretrained)", low=0)
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
-    valid_pct: float = option(0.1, "share of training images held out to choose with; 0: test chooses", low=0, high=0.9)
-    folds: int = option(0, "so many runs, each of which tests on another part of the images; 0: none", low=0, high=100)
-    fold: int = option(0, "which of the folds is test, in a single run; 0: all, a run each", low=0, high=100)
+    valid_pct: float = option(0.1, "share of train held out to choose the weights; 0: test chooses", low=0, high=0.9)
+    folds: int = option(0, "number of runs, each tests on another part of the images; 0: no folds", low=0, high=100)
+    fold: int = option(0, "number of the one fold to run; 0: all folds, one run each", low=0, high=100)
     lr: float | Literal["find"] = option("find", "learning rate: a number, or find (range test)", low=1e-12)
     lr_suggest: Literal[*SUGGESTIONS] = option("sixth", "which suggestion of the range test is used")
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
     lr_scale: Literal["exponential", "linear"] = option("exponential", "how the rates of the range test rise")
     lr_high: float = option(None, "last rate of the range test (exponential 10, linear 0.2)", low=1e-4)
-    lr_find_on: Literal["train", "valid"] = option("train", "whose loss the range test looks at")
+    lr_find_on: Literal["train", "valid"] = option("train", "set whose loss the range test looks at")
     optimizer: Literal[*OPTIMIZERS] = option("sgd", "what updates the weights; sgd has momentum")
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
@@ -99,18 +101,18 @@ class Config:
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
     keep: Literal["auto", *KEEP] = option(
-        "auto", f"what is best in the epoch kept; auto: valid_acc, with under {FEW_VALID} valid images valid_loss"
+        "auto", f"what chooses the epoch to keep; auto: valid_acc, or valid_loss with under {FEW_VALID} valid images"
     )
-    stop_after: int = option(0, "stop after so many epochs in which --monitor is no better; 0: never", low=0)
+    stop_after: int = option(0, "stop after so many epochs without a better --monitor; 0: never", low=0)
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
-    min_lr: float = option(0.0, "learning rate that plateau does not go below", low=0)
+    min_lr: float = option(0.0, "lowest learning rate of plateau", low=0)
     threshold: float = option(
         None, "change that counts as an improvement (1e-4; cifar10 0.04 with valid_loss, ema)", low=0
     )
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
-    warmup_epochs: float = option(0.0, "epochs in which the rate first rises, from a quarter of the schedule's", low=0)
+    warmup_epochs: float = option(0.0, "first epochs, in which the rate rises from a quarter of its value", low=0)
     pct_start: float = option(None, "share of epochs before one_cycle's top (0.25; flat_cos 0.75)", low=0.01, high=0.99)
     div: float = option(25.0, "one_cycle starts at lr / div", low=1)
     div_final: float = option(1e5, "one_cycle and flat_cos end at lr / div_final", low=1)
@@ -119,12 +121,12 @@ class Config:
     cycle_length: float = option(None, "first cycle, as a share of epochs (0.2; warm_restarts 1/7)", low=1e-3, high=1)
     cycle_mult: float = option(2.0, "how many times longer each cycle of warm_restarts is than the one before", low=1)
     cycle_div: float = option(4.0, "triangular rates begin at lr / cycle_div", low=1)
-    max_batch_size: int = option(1024, "where grow_batch stops to grow and lowers the rate", low=1, high=10**6)
+    max_batch_size: int = option(1024, "size from which grow_batch lowers the rate instead", low=1, high=10**6)
     accumulate: int = option(1, "batches whose mean loss makes one update", low=1, high=10_000)
-    balanced_batches: bool = option(False, "each batch in the classes' proportions, as closely as can be")
+    balanced_batches: bool = option(False, "each batch has the class proportions of the data, as far as possible")
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
     perturb_on_plateau: bool = option(False, "gradient noise only in the epoch after each plateau of --monitor")
-    ema: float = option(None, "decay a step of the averaged weights; 0: none (0; cifar10 0.999)", low=0, high=0.99999)
+    ema: float = option(None, "decay per step of the averaged weights; 0: none (0; cifar10 0.999)", low=0, high=0.99999)
     augment: str = option("standard", "standard (crop, flip, cutout), photo, none, or FILE of albumentations' A.save")
     cutout: int = option(8, "cutout's side, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
@@ -138,16 +140,18 @@ class Config:
     threads: int | Auto = option("auto", "CPU threads of torch; auto: one for each core that is free", low=1, high=1024)
     out: str = option("runs", "folder of the run folders")
     name: str = option("", "name of the run folder; default <data>-<schedule>-s<seed>")
-    checkpoint_seconds: int = option(600, "seconds between checkpoints within an epoch; 0: at its end alone", low=0)
+    checkpoint_seconds: int = option(600, "seconds between checkpoints within an epoch; 0: only at its end", low=0)
     resume: str = option("", "run folder to go on with; flags may add epochs or change the machine, nothing else")
     cache: str = option("", "folder for downloads (default fastai's) and, if given, for decoded images")
-    target: float = option(None, "test accuracy whose first epoch is named; 0: none (0; cifar10 0.88)", low=0, high=1)
-    cam: Literal[*CAMS] = option("gradcam", "which of grad-cam's methods explains")
+    target: float = option(
+        None, "name the first epoch with this test accuracy; 0: none (0; cifar10 0.88)", low=0, high=1
+    )
+    cam: Literal[*CAMS] = option("gradcam", "method of grad-cam that explains mistakes")
     gallery: int = option(25, "mistakes explained in gradcam.png", low=0, high=100)
     lr_find_only: bool = option(False, "stop after the range test")
     dry_run: bool = option(False, "show settings, data and network; train and write nothing")
     progress: bool = option(True, "progress bar, on a terminal")
-    log: Literal["none", "tensorboard", "wandb", "mlflow"] = option("none", "where each epoch is logged too")
+    log: Literal["none", "tensorboard", "wandb", "mlflow"] = option("none", "where else each epoch is logged")
     open: bool = option(False, "open report.html in the browser; it follows the training")
 
     def __post_init__(self):
@@ -245,7 +249,7 @@ def parser():
         nargs = "+" if name in ("seeds", *AXES) else "?" if alone else None
         p.add_argument(*flags, help=text.replace("%", "%%"), metavar=metavar, nargs=nargs, const=alone)
     p.add_argument("-c", "--config", metavar="FILE", help="settings from a YAML file such as args.yaml; flags win")
-    p.add_argument("--smoke", action="store_true", help="try the whole line on digits, half a minute or so; flags win")
+    p.add_argument("--smoke", action="store_true", help="try everything on digits, in about half a minute; flags win")
     return p
 
 
