@@ -21,11 +21,11 @@ and the file wins over the defaults. Each run writes its settings to `args.yaml`
 Three more flags are not settings:
 
 - `-c FILE` reads settings from a YAML file.
-- `--smoke` tries everything: digits, 2 epochs, a short range test, 4 mistakes. More than half of its time is the
-  start of Python and torch, so it can take a minute on a busy or a slow machine.
+- `--smoke` tries everything: digits, 2 epochs, a short range test, 4 mistakes. More than half of its time goes into
+  the start of Python and torch. On a busy or a slow machine it can take a minute.
 - `--help` lists the flags.
 
-Some settings take one or several values. Several values make a [comparison](comparing.md).
+Some settings take one value or several. Several values make a [comparison](comparing.md).
 """
 
 GROUPS = {  # heading: (settings, notes)
@@ -33,8 +33,8 @@ GROUPS = {  # heading: (settings, notes)
         "data bad_images valid_pct split_seed folds fold size batch_size balanced_batches",
         """
         - With `--valid-pct 0` the test set chooses the weights. The summary and every figure then say so.
-        - `--folds 5` makes five runs, each of which tests on another fifth of the images
-          ([comparing.md](comparing.md)). With `--fold 2` there is one run, on the second fifth.
+        - `--folds 5` makes five runs. Each run tests on another fifth of the images
+          ([comparing.md](comparing.md)). With `--fold 2` there is one run, which tests on the second fifth.
         - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
           evaluation, at a random place for training.
         - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
@@ -59,7 +59,7 @@ GROUPS = {  # heading: (settings, notes)
         """
         - Weight decay is torch's L2 penalty. BatchNorm and biases have none.
         - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
-          training, except that plateau watches the loss of the average.
+          training, with one exception: plateau watches the loss of the average.
         - The order of an epoch is a function of (seed, epoch). The augmentation of an image is a function of (seed,
           epoch, image). So any number of `--workers` sees the same data. Two equal runs on one machine, with the same
           number of threads, are equal to the bit (tested on a CPU).
@@ -81,7 +81,7 @@ GROUPS = {  # heading: (settings, notes)
           lowers the rate.
         - `grow_batch` grows the batch on a plateau, where `plateau` would lower the rate.
         - On CIFAR-10 the loss must fall by 4% to count as an improvement (`--threshold 0.04`). The loss of averaged
-          weights goes on falling by a little, so a smaller threshold would hardly ever see a plateau.
+          weights keeps falling a little. So with a smaller threshold there would hardly ever be a plateau.
         """,
     ),
     "Augmentation": (
@@ -89,7 +89,7 @@ GROUPS = {  # heading: (settings, notes)
         """
         - `standard` crops at random from a padded image, flips it in every other epoch, and masks one square (cutout).
         - `photo` crops at random places and scales, flips, changes colours a little, and masks one square.
-        - `none` changes nothing. A file that albumentations' `A.save` wrote is a pipeline of your own.
+        - `none` changes nothing. You can also pass a pipeline of your own: a file that albumentations' `A.save` wrote.
         - `augment.yaml` in the run folder holds the pipeline of the run.
         """,
     ),
@@ -97,9 +97,9 @@ GROUPS = {  # heading: (settings, notes)
         "device precision compile workers threads",
         """
         - `--threads auto` starts with a thread for each core that the process may use. Affinity and the quota of a
-          container count. On a CPU it looks once a second what other programs do. It leaves the cores that they keep
-          busy, and takes them again when they are free. It says so in a line. Such a run is not repeatable to the bit;
-          a run with `--threads N` is.
+          container limit these cores. On a CPU, a run checks once a second how many of them other programs use. It
+          gives up the cores that they keep busy, and takes them again when they are free. It says so in a line. If
+          the number of threads changes, the run is not repeatable to the bit. `--threads N` never changes it.
         """,
     ),
     "Output": (
@@ -112,7 +112,7 @@ GROUPS = {  # heading: (settings, notes)
         """,
     ),
 }
-REST = "Other"  # settings that no group names
+REST = "Other"  # the heading of settings that are in no group
 
 END = """
 ## Exit status
@@ -132,12 +132,12 @@ def escaped(text):
 
 
 def number(value):
-    """A number as short as it can be read."""
+    """A number in a short form."""
     return "2^32 - 1" if value == 2**32 - 1 else f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def values(field):
-    """What a setting may be, in words."""
+    """The values that a setting may have, in words."""
     from lib.config import AXES, PATHS, kind_and_words
 
     (kind, words), low, high = kind_and_words(field.type), field.metadata["low"], field.metadata["high"]
@@ -154,7 +154,7 @@ def values(field):
 
 
 def default_and_meaning(field):
-    """Both as text. A default that depends on other settings stands in brackets at the end of the help."""
+    """Both as text. If a default depends on other settings, it stands in brackets at the end of the help."""
     default, text = field.default, field.metadata["help"]
     if default is None:
         text, default = re.fullmatch(r"(.*) \((.*)\)", text).groups()

@@ -1,7 +1,8 @@
-"""What to try next: rules that are stated, each with the numbers of the run. Needs neither torch nor numpy.
+"""What to try next, by rules. The report states each rule, with the numbers of the run. Needs neither torch nor numpy.
 
-A rule is a function of the run. Its first line is the condition, as report.html states it. It returns whether the rule
-applies, the numbers of this run, and what to try, with flags between backticks; None where it cannot be asked.
+A rule is a function of the run. Its docstring is the condition, as report.html states it. The function returns whether
+the rule applies, the numbers of this run, and what to try, with flags between backticks. If the rule makes no sense for
+the run, it returns None.
 """
 
 import math
@@ -13,7 +14,7 @@ Z = 1.96  # standard errors on each side of a 95% interval
 
 
 def wilson(share, n):
-    """Ends of the 95% interval of a share that was seen in n images (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    """Both ends of the 95% interval of a share that was seen in n images (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
     z2 = Z**2 / n
     half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
@@ -45,7 +46,7 @@ def overfitted(run):
 
 
 def rise(run):
-    """Train accuracy after the last epoch, its rise in the last fifth of the epochs, and how many those are."""
+    """Train accuracy after the last epoch, its rise in the last fifth of the epochs, and the length of that fifth."""
     train = run["rows"]["train_acc"]
     last = min(max(len(train) // 5, 1), len(train) - 1)
     return train[-1], train[-1] - train[-1 - last], last
@@ -83,7 +84,7 @@ def weak_class(run):
     classes = [(wilson(right / n, n)[1], right / n, name, n) for name, right, n in run["recalls"] if n]
     (high, recall, name, n), sizes = min(classes), sorted(size for *_, size in classes)
     text = "Look at its mistakes above: are they labelled right, and what do the maps look at?"
-    if sizes[-1] >= 1.5 * sizes[0]:  # as in the last lines of a run
+    if sizes[-1] >= 1.5 * sizes[0]:  # the last lines of a run use the same limit
         text += f" Classes have {sizes[0]:,} to {sizes[-1]:,} test images; if training is as uneven: `--class-weights`,"
         text += " `--balanced-batches`, `--keep macro_f1`."
     numbers = f"{name} has recall {recall:.4f} in {n:,} images, its interval ends at {high:.4f}"
@@ -92,12 +93,12 @@ def weak_class(run):
 
 
 def small_valid(run):
-    """The standard error of valid accuracy is above 0.01, so valid hardly tells which epoch is best."""
+    """The standard error of valid accuracy is above 0.01, so valid can hardly show which epoch is best."""
     (best, *others), n = sorted(run["rows"]["valid_acc"], reverse=True), run["n"]["valid"]
     if run["summary"]["chosen_on"] != "valid":
         return None
     low, high = wilson(run["summary"]["valid_acc"], n)
-    error = (high - low) / (2 * Z)  # not 0 where all are right
+    error = (high - low) / (2 * Z)  # not 0, even if all are right
     numbers = f"{n:,} valid images, standard error {error:.4f}"
     numbers += f"; its best two epochs are {best - others[0]:.4f} apart" if others else ""
     less = "" if run["summary"].get("chosen_by") == "loss" else ", or choose by what jumps less, `--keep valid_loss`"
@@ -108,10 +109,10 @@ RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, s
 
 
 def advice(run):
-    """[applies, rule, numbers, what to try] of each rule that can be asked; of a run under way, of the first alone.
+    """[applies, rule, numbers, what to try] for each rule that makes sense; while a run trains, for the first alone.
 
-    `run`: args, n (images of each set), rows (columns of results.csv), summary, or None, cuts (epochs at which the rate
-    fell), recalls (of each class its name, right images, images), doubts (rows of doubts.csv).
+    `run`: args, n (images of each set), rows (columns of results.csv), summary (None while it trains), cuts (epochs at
+    which the rate fell), recalls (name, right images and images of each class), doubts (rows of doubts.csv).
     """
     told = [(rule.__doc__, rule(run)) for rule in (RULES if run["summary"] else RULES[:1])]
     return [[applies, condition, *texts] for condition, found in told if found for applies, *texts in [found]]

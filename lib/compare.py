@@ -1,6 +1,6 @@
 """Comparisons: a run for each variant and seed, then one table and one figure over the finished run folders.
 
-python -m lib.compare runs/a runs/b … [--out FOLDER]        the same from runs that are there
+python -m lib.compare runs/a runs/b … [--out FOLDER]        compares runs that exist
 """
 
 import csv
@@ -34,24 +34,24 @@ NEEDED = (
     "lr",
     "optimizer_state_bytes",
     "target",
-)  # fmt: skip  numbers of a summary
+)  # fmt: skip  numbers that a summary must have
 FREE = (*MACHINE, "out")  # settings that may change while a comparison goes on
-ASIDE = (*FREE, "seeds", "fold", "name", "gallery", "cam")  # settings that do not tell variants
-DISTURBED = 0.25  # cores that other processes took, above which the seconds of a run are marked
+ASIDE = (*FREE, "seeds", "fold", "name", "gallery", "cam")  # settings in which the runs of one variant may differ
+DISTURBED = 0.25  # if other processes used more cores than this, the seconds of the run are marked
 
 
 def run(configs, train):
-    """Trains each config into its own run folder, or leaves it where it is finished, and compares them all.
+    """Trains each config into its own run folder, unless that run is finished. Then compares all runs.
 
-    Runs whose range tests would be the same share the first one's.
+    If the range tests of several runs would be equal, all of them use that of the first.
 
-    Returns the exit status: 130 where one was interrupted, 3 where one diverged, 2 where one had bad input, else 0.
+    Returns the exit status: 130 if a run was interrupted, 3 if one diverged, 2 if one had bad input, else 0.
     """
     if launched():
         remedy = "start its runs one by one, then python -m lib.compare (docs/ranks.md)"
         raise BadInput(f"a comparison under torchrun: {remedy}")
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
-    tested = {}  # what a range test sees -> the first run folder that had it
+    tested = {}  # settings that a range test depends on -> the first run folder with them
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
         same = repr([getattr(config, name) for name in FIELDS if name not in (*BEHIND_TEST, *MACHINE)])
         if not (config := unfinished(config, folder)):
@@ -60,7 +60,7 @@ def run(configs, train):
         print(f"\nrun {i} of {len(configs)}: {folder.name}", flush=True)
         try:
             result = train(dataclasses.replace(config, open=False), tested.get(same))
-        except BadInput as e:  # the other runs are none the worse for it
+        except BadInput as e:  # the other runs can still be made
             print(f"error: {folder.name}: {e}", file=sys.stderr)
             result = 2
         if result == 130:
@@ -75,9 +75,9 @@ def run(configs, train):
 
 
 def unfinished(config, folder):
-    """The config that makes the run of `folder`, or goes on with it; None where it is finished.
+    """The config that makes the run of `folder`, or goes on with it; None if the run is finished.
 
-    Raises BadInput where the folder holds a run with other settings, or anything else.
+    Raises BadInput if the folder holds a run with other settings, or anything else.
     """
     if not (folder / "env.json").exists():
         if folder.exists():
@@ -96,7 +96,7 @@ def unfinished(config, folder):
 
 
 def load(folder):
-    """A finished run from its folder: {folder, args, env, rows, summary}; None where it is not finished."""
+    """A finished run from its folder: {folder, args, env, rows, summary}; None if it is not finished."""
     folder = Path(folder)
     try:
         args = Config(**read_file(folder / "args.yaml")).to_dict()
@@ -121,10 +121,10 @@ def worded(name, value):
 
 
 def by_variant(runs):
-    """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and which those are."""
+    """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and those settings."""
     every, first = [run["args"] for run in runs], runs[0]["args"]
     differ = [name for name in first if name not in ASIDE and len({repr(args.get(name)) for args in every}) > 1]
-    for shown in ([name for name in differ if name in AXES], differ):  # what follows from an axis is not in the name
+    for shown in ([name for name in differ if name in AXES], differ):  # first without settings that an axis implies
         variants = {}
         for run, args in zip(runs, every):
             axes = "-".join(str(args[name]) for name in shown if name in AXES)
@@ -145,7 +145,7 @@ def pair_of(run):
 
 
 def on_all_images(runs):
-    """Of runs on folds, the accuracy on all images for each seed: each image is in one fold, and counts there."""
+    """Accuracy on all images of runs on folds, one for each seed. Each image is in one fold, and counts once."""
     found = []
     for seed in dict.fromkeys(seed for seed, _ in map(pair_of, runs)):
         folds = [run for run in runs if pair_of(run)[0] == seed]
@@ -156,7 +156,7 @@ def on_all_images(runs):
 
 
 def disturbed(run):
-    """Whether other processes took so much of the machine that the seconds of a run say little."""
+    """Whether other processes used so much of the machine that the seconds of a run are no good measure."""
     return (run["summary"].get("other_load") or 0) > DISTURBED
 
 
@@ -165,13 +165,13 @@ def interval(scores, base):
     mean = np.mean(np.subtract(scores, base))
     if len(scores) < 2:
         return mean, None
-    with warnings.catch_warnings(action="ignore"):  # scipy's, where the differences are all equal
+    with warnings.catch_warnings(action="ignore"):  # scipy warns if all differences are equal
         low, high = ttest_rel(scores, base).confidence_interval(0.95)
     return mean, (high - low) / 2
 
 
 def verdict(first, name, mean, half, n):
-    """What the paired differences in test accuracy between two variants say, in a sentence."""
+    """What the paired differences in test accuracy between two variants show, in one sentence."""
     if half is None:
         return f"{name} against {first}: one common seed, which cannot tell chance from a difference ({mean:+.4f})."
     if mean == half == 0:
@@ -182,7 +182,7 @@ def verdict(first, name, mean, half, n):
 
 
 def spread(values, form="{:.4f}"):
-    """'mean ± standard deviation' of what is there; '(x of n)' behind it where some are None."""
+    """'mean ± standard deviation' of the values that are not None; '(x of n)' follows if some are."""
     known = [value for value in values if value is not None]
     if not known:
         return "never"
@@ -193,7 +193,7 @@ def spread(values, form="{:.4f}"):
 
 
 def table(variants):
-    """The comparison as Markdown, a row a variant; and a sentence for each variant against the first."""
+    """The comparison as Markdown, with a row for each variant; and a sentence for each variant against the first."""
     first = next(iter(variants))
     target = variants[first][0]["summary"]["target"]
     scores = {name: {pair_of(run): run["summary"]["test_acc"] for run in runs} for name, runs in variants.items()}
@@ -226,9 +226,9 @@ def table(variants):
 
 
 def report(folders, out, show=False):
-    """Writes comparison.csv, .md and .png and report.html of the run folders `folders` to `out`, prints the table.
+    """Writes comparison.csv, .md and .png and report.html of the run folders `folders` to `out`; prints the table.
 
-    Raises BadInput where none of them is finished, or a folder is none of a run.
+    Raises BadInput if none of the runs is finished, or if one of the folders is no run folder.
     """
     from lib.explain import plots
 
@@ -255,11 +255,11 @@ def report(folders, out, show=False):
 
 
 def remarks(runs, missing, differ):
-    """What must be known to read the table of `runs`, in sentences; `differ` names the settings that differ."""
+    """Sentences that a reader of the table of `runs` needs; `differ` names the settings that differ."""
     notes, folds = [], {run["args"]["folds"] for run in runs} - {0}
     if missing:
         notes.append(f"Not finished, and left out: {', '.join(missing)}.")
-    seen = {(run["args"]["fold"], run["env"]["data_fingerprint"]) for run in runs}  # it follows the order of the sets
+    seen = {(run["args"]["fold"], run["env"]["data_fingerprint"]) for run in runs}  # it depends on the sets' order
     if len(seen) > len({fold for fold, _ in seen}):
         notes.append("These runs saw different images: the comparison is not fair.")
     if "test" in {run["summary"]["chosen_on"] for run in runs}:

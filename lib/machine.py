@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, seeds, and what env.json says of it. Needs torch only where it is asked."""
+"""The machine: device, precision, threads, seeds, and its part of env.json. Imports torch only in functions."""
 
 import ctypes
 import os
@@ -13,12 +13,12 @@ from typing import NamedTuple
 from lib.cli import BadInput
 
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
-CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # of /proc/cpuinfo, on x86 and on Arm
+CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # lines of /proc/cpuinfo, on x86 and on Arm
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Machine(NamedTuple):
-    """What `auto` became on this machine."""
+    """What this machine uses, after each `auto` has been replaced."""
 
     device: object  # torch.device
     precision: str  # float32, bf16 or fp16
@@ -34,26 +34,26 @@ def prepare(config):
 
 
 def launched():
-    """Whether torchrun started this process as one of several; a stray RANK alone does not say so."""
+    """Whether torchrun started this process as one of several. The variable RANK alone does not prove it."""
     return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def on_this_machine():
-    """How many processes of this run the machine has."""
+    """How many processes of this run are on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
 
 def cores():
-    """How many cores this process may use: affinity and the quota of its control group count, not those there are."""
+    """How many cores this process may use, by its affinity and the quota of its control group; often not all."""
     from joblib import cpu_count
 
     return cpu_count()
 
 
 def busy_seconds():
-    """(of all programs, of this one) seconds of work so far on the cores that it may use; None where Linux is not.
+    """Seconds of work so far on the cores that this process may use: (all programs, this one); None if not on Linux.
 
-    The work of programs that give way to this one (`nice`) does not count.
+    Programs with a lower priority (`nice`) give way to this one, so their work does not count.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
@@ -67,7 +67,7 @@ def busy_seconds():
 
 
 def commit():
-    """The commit of this code, with '+' where tracked files differ from it; None outside a git checkout."""
+    """The commit of this code, with '+' if tracked files differ from it; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -76,7 +76,7 @@ def commit():
 
 
 def cpu_facts():
-    """What /proc/cpuinfo says of the first processor; {} where there is none."""
+    """What /proc/cpuinfo says of the first processor; {} if there is no such file."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -102,7 +102,7 @@ def environment():
         "commit": commit(),
         "platform": platform.platform(),
         "cpu": device_name(torch.device("cpu")),
-        # virtual machines of chips twice as fast have the same name
+        # on virtual machines, `cpu` may be equal for two chips, one of them twice as fast
         "cpu_model": ", ".join(f"{key} {cpu[key]}" for key in CPU_MODEL if key in cpu),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -113,14 +113,14 @@ def environment():
 
 
 def pick_device(config):
-    """`--device` as a torch.device; auto is each rank's own GPU, or the best there is. Raises BadInput."""
+    """`--device` as a torch.device; auto is the rank's own GPU, or the best device there is. Raises BadInput."""
     import torch
 
     processes, gpus = on_this_machine(), torch.cuda.device_count()
     one_each = config.device == "cuda" or (config.device == "auto" and gpus > 0)
     if launched() and one_each and processes <= gpus:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if processes > 1 and (one_each or config.device.startswith("cuda")):  # every rank sees it, so that none waits
+    if processes > 1 and (one_each or config.device.startswith("cuda")):  # on every rank, so that none waits
         n = gpus if one_each else 1
         remedy = f"start {n} (torchrun --nproc-per-node {n}), or pass --device cpu" if n else "pass --device cpu"
         raise BadInput(f"--device {config.device}: {n} GPUs for {processes} processes on this machine; {remedy}")
@@ -138,7 +138,7 @@ def pick_device(config):
 
 
 def pick_precision(config, device):
-    """`--precision`; auto is bf16 where the chip computes in it, else float32. Raises BadInput for fp16 off CUDA."""
+    """`--precision`; auto is bf16 if the chip computes in it, else float32. Raises BadInput for fp16 without CUDA."""
     import torch
 
     if config.precision == "fp16" and device.type != "cuda":
@@ -152,9 +152,9 @@ def pick_precision(config, device):
 
 
 def set_threads(config):
-    """Sets torch's CPU threads to `--threads` and returns their number; a run is repeatable for as many alone.
+    """Sets torch's CPU threads to `--threads` and returns their number. A run repeats only with the same number.
 
-    auto: one for each core that the process may use; torch itself knows no quota, and with torchrun has one thread.
+    auto: one for each core that the process may use. torch itself ignores the quota; torchrun gives it one thread.
     """
     import torch
 
@@ -168,20 +168,20 @@ def set_threads(config):
 
 
 def keep_memory():
-    """Has large tensors in huge pages, and the C library (glibc) keep what freed ones held, as far as Linux allows.
+    """Puts large tensors into huge pages, and lets the C library (glibc) keep freed memory, if the system allows it.
 
-    Otherwise the system clears the same pages in every step, and the chip looks up each 4 kB of a tensor. Call it
-    before the first tensor is made: then torch reads what it is told (c10/core/impl/alloc_cpu.cpp).
+    Otherwise the system clears the same pages in every step, and the chip looks up the address of every 4 kB of a
+    tensor. Call it before the first tensor is made: torch reads the variable then (c10/core/impl/alloc_cpu.cpp).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+        mallopt(-4, 0)  # M_MMAP_MAX: a large tensor gets no separate block of memory
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is given back to the system
 
 
 def seed_everything(seed):
-    """Seeds torch's generators, for weights and dropout, and holds cuDNN to algorithms that repeat to the bit.
+    """Seeds torch's generators, for weights and dropout, and limits cuDNN to algorithms that repeat to the bit.
 
     Order and augmentation need no seed: they are functions of (seed, epoch, image).
     """
@@ -192,7 +192,7 @@ def seed_everything(seed):
 
 
 def peak_rss_bytes():
-    """The most memory this process has held; None on Windows, which does not say it to Python."""
+    """The largest memory that this process has held; None on Windows, where Python cannot ask for it."""
     try:
         import resource
     except ImportError:

@@ -14,25 +14,26 @@ from sklearn.model_selection import StratifiedKFold
 from lib.cli import BadInput, printable
 from lib.data.decode import EXTENSIONS, HEIF
 
-SETS = {  # words that name a set; those of FILLERS may stand beside them, as in training_set, seg_test, val2017
+SETS = {  # words that name a set; a word of FILLERS may come with them, as in training_set, seg_test, val2017
     "train": {"train", "training"},
     "valid": {"valid", "val", "validation", "dev", "eval"},
     "test": {"test", "testing"},
     "new": {"pred", "predict", "unlabelled", "unlabeled"},  # images without classes
 }
 FILLERS = {"set", "data", "dataset", "images", "imgs", "seg", "split"}
-TEST_PCT = 0.2  # of the images, where the data brings no test set
-SYSTEM = (  # names of what systems leave in any folder, in lower case
+TEST_PCT = 0.2  # of the images, if the data has no test set
+SYSTEM = (  # names of files and folders that systems leave anywhere, in lower case
     "lost+found", "$recycle.bin", "recycler", "recycled", "#recycle", "@recycle", "@eadir", "#snapshot", "found.000",
     "system volume information", "__macosx", "__pycache__", "thumbs.db", "desktop.ini",
 )  # fmt: skip
-PROGRAMS = ("models", "checkpoints", "runs", "logs", "lightning_logs", "mlruns", "wandb")  # left by them, if no images
+# names of folders that programs leave; a folder that holds images is not such a folder
+PROGRAMS = ("models", "checkpoints", "runs", "logs", "lightning_logs", "mlruns", "wandb")
 LEFT, LINKS = "files and folders that systems and programs leave", "links and devices"
 OTHERS, UNREAD = "files not named as images, or in no class folder,", "HEIC files, which take uv run --extra heif …,"
 
 
 def left_over(path):
-    """Whether `path` is what a system or a program leaves: never a class."""
+    """Whether `path` is a file or folder that a system or a program left. Such a folder is never a class."""
     name = path.name.lower()
     return name in SYSTEM or (name in PROGRAMS and path.is_dir() and not images_in(path, defaultdict(list)))
 
@@ -43,20 +44,20 @@ def visible(folder):
 
 
 def folders_in(folder):
-    """The folders in `folder`, and links to some; in the order of their names."""
+    """The folders in `folder`, and links to folders, in the order of their names."""
     with os.scandir(folder) as entries:
         found = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     return sorted((p for p in found if not left_over(p)), key=lambda p: p.name)
 
 
 def set_of(name):
-    """Which set the name of a folder says: a key of SETS, or ""."""
+    """Which set the name of a folder stands for: a key of SETS, or ""."""
     words = set(re.findall("[a-z]+", re.sub("(?<=[a-z])set$", "", name.lower()))) - FILLERS
     return next((kind for kind, known in SETS.items() if len(words) == 1 and words <= known), "")
 
 
 def by_set(root):
-    """{set, or "" for none: folders of `root` whose names say so}."""
+    """{set: the folders of `root` whose names stand for it}; the set is "" for all other folders."""
     found = defaultdict(list)
     for folder in folders_in(root):
         found[set_of(folder.name)].append(folder)
@@ -64,7 +65,7 @@ def by_set(root):
 
 
 def enter(folder):
-    """`folder`, or the single folder in it that holds all the class folders, as archives often have."""
+    """`folder`, or the single folder in it that holds all class folders. Archives often have such a folder."""
     while True:
         inside = visible(folder)
         folders = [p for p in inside if p.is_dir() and not p.is_symlink()]
@@ -76,7 +77,7 @@ def enter(folder):
 
 
 def images_in(folder, passed):
-    """The images under `folder`. What is passed over is added to `passed`, {what it is: paths}."""
+    """The images under `folder`. Everything that is left out is added to `passed`, {what it is: paths}."""
     images, folders = [], [folder]
     while folders:
         with os.scandir(folders.pop()) as entries:
@@ -98,10 +99,10 @@ def images_in(folder, passed):
 
 
 def scan(folder, without=frozenset()):
-    """The images under `folder` but those in `without`: [(path, class name)], in an order that the names alone decide.
+    """The images under `folder` except those in `without`: [(path, class name)], in an order that only names decide.
 
-    Each folder in it is a class. Hidden names, links and what systems leave are passed over, which is printed. Raises
-    BadInput for empty classes.
+    Each folder in `folder` is a class. Hidden names, links and files that systems leave are left out; except for hidden
+    names, a line says so. Raises BadInput for empty classes.
     """
     images, passed, notes, names, empty = [], defaultdict(list), [], {}, []
     passed[LEFT] += [p for p in folder.iterdir() if not p.name.startswith(".") and left_over(p)]
@@ -115,7 +116,7 @@ def scan(folder, without=frozenset()):
         files = [p for p in images_in(sub, passed) if p not in without]
         if not files:
             empty.append(sub)
-        label = unicodedata.normalize("NFC", sub.name)  # file systems differ in how they write é
+        label = unicodedata.normalize("NFC", sub.name)  # file systems store é in different code points
         if names.setdefault(label, sub.name) != sub.name:
             notes.append(f"{sub}: is the class {label!r} in other code points; the two folders are taken as one class")
         images += [(path, label) for path in files]
@@ -143,7 +144,7 @@ def brief(names, most=10):
 def find_sets(root, tell=False):
     """{set: folder that holds its class folders} of `root`, for train, valid and test; {"train": root} without sets.
 
-    With `tell` it prints which folders are passed over. Raises BadInput where it is not clear what the folders are.
+    With `tell` it prints which folders are left out. Raises BadInput if the names do not tell what the folders are.
     """
     found, sets = by_set(root), {}
     if not any(map(folders_in, found["train"])):
@@ -169,25 +170,25 @@ def find_sets(root, tell=False):
 
 
 def unwrapped(folder):
-    """`folder` of a set, or the folder in it that is named as that set once more, as Kaggle's archives have it."""
+    """`folder` of a set, or the folder in it with a name of the same set, as in archives of Kaggle (train/train/)."""
     inside = folders_in(folder)
     return inside[0] if len(inside) == 1 and set_of(inside[0].name) == set_of(folder.name) else folder
 
 
 def flat(found):
-    """Those of the folders for test and for prediction that have images, and no class folders."""
+    """The folders for test and for prediction that have images but no class folders."""
     plain = [p for p in [*found["test"], *found["new"]] if not folders_in(unwrapped(p))]
     return [p for p in plain if images_in(p, defaultdict(list))]
 
 
 def unlabelled(root):
-    """The images of `root` that are to be predicted: of a test set without classes beside train/, or of pred/."""
+    """The images of `root` to be predicted. They are in a test set without classes beside train/, or in pred/."""
     found = by_set(root)
     return [p for folder in flat(found) for p in images_in(folder, defaultdict(list))] if found["train"] else []
 
 
 def check_classes(root, found):
-    """Raises BadInput where folders that would be classes look like sets; `found` has them by `set_of`."""
+    """Raises BadInput if class folders look like sets. `found` has the folders by the set of their names."""
     if found["train"] and (not found[""] or found["valid"] or found["test"]):
         text = "looks like a set, and has no class folders; expected train/<class>/<image>, or <class>/<image>"
         raise BadInput(f"{found['train'][0]}: {text}")
@@ -204,7 +205,7 @@ def check_classes(root, found):
 
 
 def split_off(images, pct, seed):
-    """Splits [(path, class)] into (rest, held): `pct` of every class, at least one image, a function of `seed`."""
+    """Splits [(path, class)] into (rest, held). `held` has `pct` of every class, at least one image, by `seed`."""
     held, (names, numbers) = set(), np.unique([name for _, name in images], return_inverse=True)
     for k in range(len(names)):
         of_class = np.flatnonzero(numbers == k)
@@ -214,19 +215,19 @@ def split_off(images, pct, seed):
 
 
 def fold_off(images, folds, fold, seed):
-    """Splits [(path, class)] into (rest, fold number `fold` of `folds`); scikit-learn's folds, a function of `seed`."""
+    """Splits [(path, class)] into (rest, fold number `fold` of `folds`). scikit-learn makes the folds, by `seed`."""
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, [name for _, name in images])
     return [[images[i] for i in part] for part in list(splits)[fold - 1]]
 
 
 def held_out(sets, valid_pct):
-    """Which of test and valid are held out of train: those that are not in `sets`; with valid_pct 0 one set is both."""
+    """Which of test and valid are held out of train: those not in `sets`. With valid_pct 0 one set is both of them."""
     missing = [kind for kind in ("test", "valid") if kind not in sets]
     return missing if valid_pct else missing[:-1]
 
 
 def told_sets(root, valid_pct, folds=0, fold=0):
-    """A line that says which folder of `root` is which set, and what the other sets are."""
+    """A line that says which folder of `root` is which set, and where the other sets come from."""
     sets = find_sets(root)
     own = ", ".join(f"{p.relative_to(root).parts[0]}/ is {kind}" for kind, p in sets.items() if p != root)
     missing, held = [f"{kind}/" for kind in ("valid", "test") if kind not in sets], held_out(sets, valid_pct)
@@ -241,9 +242,9 @@ def told_sets(root, valid_pct, folds=0, fold=0):
 def find_images(root, valid_pct, split_seed, folds=0, fold=0, without=frozenset()):
     """Three lists of (path, class) under `root`: train, valid, test; with `folds`, test is fold number `fold` of them.
 
-    `train/`, `valid/` and `test/`, or what others call them (SETS), are taken as they are. What is missing is held out
-    of train, stratified, by `split_seed`: 20% of each class or a fold for test, then `valid_pct` for valid. With
-    valid_pct 0 one set is both. `without` are images to leave out.
+    `train/`, `valid/` and `test/`, or folders with other names of these sets (SETS), are used as they are. Missing sets
+    are held out of train, stratified, by `split_seed`: first 20% of each class or a fold for test, then `valid_pct` for
+    valid. With valid_pct 0 one set is both. The images in `without` are left out.
     """
     folders = find_sets(root, tell=not without)
     if folds and len(folders) > 1:

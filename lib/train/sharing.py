@@ -1,4 +1,4 @@
-"""Threads that leave the cores alone which other programs keep busy."""
+"""Uses fewer threads while other programs keep cores busy."""
 
 import time
 
@@ -7,23 +7,23 @@ from fastai.callback.core import Callback
 
 from lib.machine import busy_seconds
 
-WINDOW = 1.0  # seconds between looks
-AGREE = 2  # looks in a row that must say the same
+WINDOW = 1.0  # seconds from one look at the load to the next
+AGREE = 2  # looks in a row that must agree before the number of threads changes
 
 
 class ShareCores(Callback):
-    """Has as many threads as there are cores that no other program uses, and never more than torch had at first.
+    """Sets torch's threads to the number of cores that no other program uses, and never above what torch had at first.
 
-    Threads wait for each other in every operation. So two threads, one of whose cores is busy, are several times slower
+    Threads wait for each other in every operation. So if another program uses one of two cores, two threads are slower
     than one (tests.benchmarks.neighbour). `other_load` is the mean number of cores that other programs used in the fit.
-    It has no effect where the system does not say what is busy.
+    The callback has no effect if the system does not say how busy the cores are.
     """
 
-    order = -90  # before the work of a batch
+    order = -90  # runs before the work of a batch
 
     def __init__(
         self,
-        adapt=True,  # whether the threads change; else the load is noted alone
+        adapt=True,  # whether the threads change; if not, only the load is noted
     ):
         self.adapt, self.most, self.told = adapt, torch.get_num_threads(), []
 
@@ -43,7 +43,7 @@ class ShareCores(Callback):
         self.wishes = [*self.wishes, wish][-AGREE:]
         if self.wishes == [wish] * AGREE and wish != torch.get_num_threads():
             torch.set_num_threads(wish)
-            if not self.told:  # a list, so that the range test's copy of this callback has told it too
+            if not self.told:  # the range test's copy of this callback shares the list, so the line is printed once
                 self.told.append(wish)
                 print(f"other programs are busy: {wish} of {self.most} threads, until they are not", flush=True)
 
@@ -53,6 +53,6 @@ class ShareCores(Callback):
 
 
 def others(before, after):
-    """The mean number of cores that other programs used between two (time, busy_seconds)."""
+    """The mean number of cores that other programs used between two measurements, each (time, busy_seconds)."""
     seconds, (all_then, own_then), (all_now, own_now) = after[0] - before[0], before[1], after[1]
     return (all_now - all_then - (own_now - own_then)) / seconds

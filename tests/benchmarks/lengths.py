@@ -1,11 +1,12 @@
-"""Two schedules, for few epochs and for many: one figure and one table from finished comparisons.
+"""Schedules compared for few epochs and for many: one figure and one table from finished comparisons.
 
 uv run train_fastai.py --model small --schedule plateau one_cycle --epochs 5 --seeds 0 1 2 --name epochs-5
-(and so for each number of epochs)
+(repeat this for each number of epochs)
 uv run python -m tests.benchmarks.lengths runs/epochs-5 runs/epochs-15 --out runs/lengths
 
-Each folder is a comparison of the same variants, of one number of epochs. The figure has a dot for each run, and a line
-through the means. The table has means, standard deviations, and paired differences with 95% intervals.
+All folders are comparisons of the same variants. Each has another number of epochs. The figure has a dot for
+each run, and a line through the means. The table has means, standard deviations, and paired differences with 95%
+intervals.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def table(runs):
 
 
 def figure(runs):
-    """Test accuracy against epochs: a dot a run, a line through the means."""
+    """Test accuracy against epochs: a dot for each run, and a line through the means."""
     drawing, grid = plots.axes(8, 5)
     ax, lengths = grid[0, 0], sorted(set(runs["epochs"]))
     for colour, (name, part) in zip(plots.COLOURS, runs.groupby("variant", sort=False)):

@@ -1,11 +1,11 @@
-"""Training speed alone, beside a busy program, and of two runs at once.
+"""Training speed of a run alone, of a run beside a busy program, and of two runs at once.
 
 uv run python -m tests.benchmarks.neighbour [--models medium small] [--rounds 5] [--seconds 8] [--out FILE]
 
-Each way to set the threads is a process of its own. It trains when it is its turn, and waits otherwise. In each round
-every way trains alone and beside a program that uses one core. Two runs with `--threads auto` also train at once.
-Medians of the rounds, and of ratios within a round, are printed and written to results/neighbour.json. The first
-seconds of a turn are not counted: `--threads auto` needs two of them to see who is busy.
+Each way to set the threads has its own process. It trains when it is its turn, and waits otherwise. In each round,
+every way trains alone, and then beside a program that uses one core. Two runs with `--threads auto` also train at once.
+Medians of the rounds, and of ratios within a round, are printed and written to results/neighbour.json. The first three
+seconds of a turn are not counted: `--threads auto` needs two seconds to notice a busy program.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from lib.train import learner
 from tests.benchmarks import common
 
 WAYS = {"auto": ["--threads", "auto"], "2 threads": ["--threads", "2"], "1 thread": ["--threads", "1"]}
-UNCOUNTED = 3.0  # seconds of a turn
+UNCOUNTED = 3.0  # seconds at the start of a turn
 IMAGES = 1280
 
 
 class Turn(Callback):
-    """Ends a fit after so many seconds; `speed` is in images a second, loader and record included."""
+    """Ends a fit after `seconds`. `speed` is in images per second, and includes the loader and the record."""
 
     order = 100
 
@@ -50,7 +50,7 @@ class Turn(Callback):
 
 
 def child(argv):
-    """Trains for as many seconds as each line of standard input says, and prints the speed."""
+    """Reads a number of seconds from each line of standard input, trains for that time, and prints the speed."""
     settings = config.parse(argv)
     precision = machine.prepare(settings).precision
     dls = loader.get_dls(settings)
@@ -80,7 +80,7 @@ class Run:
         self.process.stdin.flush()
 
     def end(self):
-        while not (line := self.process.stdout.readline())[:1].isdigit():  # a word about busy programs may come before
+        while not (line := self.process.stdout.readline())[:1].isdigit():  # a line about busy programs may come first
             if not line:
                 raise RuntimeError("a run has ended")
         self.precision = line.split()[1]
@@ -92,10 +92,10 @@ class Run:
 
 
 def measure(runs, second, rounds, seconds):
-    """{place: {way: images a second, one for each round}}"""
+    """{place: {way: images per second of each round}}"""
     found = {place: {way: [] for way in runs} for place in ("alone", "beside a busy program")}
     found["two at once, each"] = {"auto": []}
-    for i in range(rounds + 1):  # the first warms up
+    for i in range(rounds + 1):  # the first round warms up
         one = {place: {} for place in found}
         for way, run in runs.items():
             one["alone"][way] = run.turn(seconds)
@@ -115,7 +115,7 @@ def measure(runs, second, rounds, seconds):
 
 
 def ratio(speeds, found):
-    """The median ratio to what two threads do alone in the same round."""
+    """The median ratio of a speed to that of two threads alone in the same round."""
     return statistics.median(a / b for a, b in zip(speeds, found["alone"]["2 threads"]))
 
 
@@ -124,7 +124,7 @@ def main():
     p.add_argument("--models", nargs="+", default=["medium", "small"])
     p.add_argument("--precision", default="auto")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--seconds", type=float, default=8, help="of a turn that are counted")
+    p.add_argument("--seconds", type=float, default=8, help="counted seconds of a turn")
     p.add_argument("--out", default="results/neighbour.json")
     args = p.parse_args()
     result = {"command": " ".join(["python -m tests.benchmarks.neighbour", *sys.argv[1:]]), "models": {}}

@@ -1,12 +1,12 @@
-"""What a training step spends its time on, and what other ways to compute it would give.
+"""Which operators take the time of a training step, and how fast other ways to compute the step are.
 
 uv run python -m tests.benchmarks.step [--model medium] [--precision float32] [--rounds 5] [--out results/step.json]
 
-To see a chip without AVX512, put ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 before the command.
+To imitate a chip without AVX512, put ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 before the command.
 
-Every way trains the same network on batches that stay in memory, in turn, round after round. The file has images a
-second of each way, the share of a step that each operator takes, and what the arithmetic of a step reaches beside a
-product of two large matrices, in floating-point operations a second.
+Every way trains the same network on a batch that stays in memory. In each round the ways train in turn. The file has
+the images per second of each way, and the share of a step that each operator takes. It also has the floating-point
+operations per second of a step, and of a product of two large matrices.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from lib import machine
 from lib.models import zoo
 from tests.benchmarks import common
 
-SIDE, N = 2048, 4  # of the matrices, and products a round
+SIDE, N = 2048, 4  # rows and columns of the matrices, and number of products in a round
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -57,7 +57,7 @@ class Way:
 
 
 def operators(way, steps=3):
-    """{operator: share of a step}, those of a hundredth or more, largest first."""
+    """{operator: its share of a step}, the largest first, without shares below a hundredth."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(steps):
             way.step()
@@ -67,7 +67,7 @@ def operators(way, steps=3):
 
 
 def product(dtype):
-    """Floating-point operations a second of a product of two matrices."""
+    """Floating-point operations per second of a product of two matrices."""
     a = torch.randn(SIDE, SIDE, dtype=dtype)
     start = time.perf_counter()
     for _ in range(N):
@@ -94,14 +94,14 @@ def main():
         **({"torch.compile": compiled} if compiled else {}),
     }
     rounds, products = {name: [] for name in ways}, []
-    for i in range(args.rounds + 1):  # the first warms up
+    for i in range(args.rounds + 1):  # the first round warms up
         for name, way in ways.items():
             speed = way.round()
             rounds[name] += [speed] if i else []
         products += [product(dtype)] if i else []
     with FlopCounterMode(display=False) as counter:
         ours.step()
-    operations = counter.get_total_flops() / len(ours.x)  # an image, forward and backward
+    operations = counter.get_total_flops() / len(ours.x)  # per image, forward and backward
     speeds = {name: statistics.median(found) for name, found in rounds.items()}
     shares = operators(ours)
     common.save(

@@ -2,7 +2,7 @@
 
 uv run python -m tests.benchmarks.teach [--epochs 10] [--seeds 0 1 2] [--out results/teach]
 
-Writes nesterov.png, rates.png and teach.json, which has every number that the page takes from them. Two minutes.
+Writes nesterov.png, rates.png, and teach.json with all numbers that the page takes from them. It takes two minutes.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from tests.benchmarks.common import machine, save
 
 ROOT = Path(__file__).parent.parent.parent
 BOWL = dict(curvatures=[1.0, 20.0], start=[-10.0, 2.0], lr=0.03, momentum=0.9, steps=60)
-FACTORS = {"too small": 1 / 100, "right": 1, "too large": 10}  # of the rate that the range test finds
+FACTORS = {"too small": 1 / 100, "right": 1, "too large": 10}  # multiples of the rate that the range test finds
 COLOURS = dict(zip(FACTORS, (BLUE, GREEN, VERMILION)))
 
 
 def descend(optimizer, curvatures, start, lr, momentum, steps):
-    """The path of a torch optimizer down the bowl sum(curvature * w^2) / 2, (steps + 1, 2), and its loss there."""
+    """The path of a torch optimizer down the bowl sum(curvature * w^2) / 2, (steps + 1, 2), and the loss on it."""
     w, curvatures = torch.tensor(start, requires_grad=True), torch.tensor(curvatures)
     opt, path = OPTIMIZERS[optimizer]([w], lr, momentum), [start]
     for _ in range(steps):
@@ -43,7 +43,7 @@ def descend(optimizer, curvatures, start, lr, momentum, steps):
 
 
 def nesterov_figure(bowl):
-    """One step with each gradient, both paths, both heights; and the steps after which the height stays below 1%."""
+    """A figure of one step, both paths and both losses; {optimizer: steps after which its loss stays below 1%}."""
     figure, ((one, both, fall),) = axes(15, 4.6, 1, 3)
     curvatures, lr, momentum = np.array(bowl["curvatures"]), bowl["lr"], bowl["momentum"]
     steps = {}
@@ -88,7 +88,7 @@ class BatchLosses(Callback):
 
 
 def train(seed, factor, epochs):
-    """A fit of the digits at a constant rate: (rate, losses of the batches, test accuracy; None if it diverged)."""
+    """A fit of the digits at a constant rate: (rate, losses of the batches, test accuracy or None if it diverged)."""
     config = Config(data="digits", seeds=(seed,))
     dls = get_dls(config)
     seed_everything(seed)
@@ -104,7 +104,7 @@ def train(seed, factor, epochs):
 
 
 def rates_figure(runs, batches):
-    """Loss of each step, a line a run; {name: [(rate, losses, test accuracy), …]}."""
+    """A figure of the loss of each step, a line for each run; `runs`: {name: [(rate, losses, test accuracy), …]}."""
     figure, ((ax,),) = axes(9, 4.6)
     for name, found in runs.items():
         lrs = sorted(lr for lr, _, _ in found)
