@@ -117,12 +117,12 @@ def fit(learn, config, run, past, lr, start):
     from lib.train import averaging, checkpoint, progress, ranks, recorder
 
     save_weights = functools.partial(runs.write, run / "weights/best.safetensors")
-    best = averaging.KeepBest(ranks.on_first(save_weights), config.keep)
+    best = averaging.KeepBest(save_weights if ranks.leads() else None, config.keep)
     saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
-    lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
-    learn.add_cbs([best, saved, *lines, *ranks.callbacks()])
     complain = ranks.on_first(lambda text: print(text, file=sys.stderr))
     try:
+        lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
+        learn.add_cbs([best, saved, *lines, *ranks.callbacks()])
         with saved.signals():
             training.fit(learn, config, lr)
         ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best, start)

@@ -96,10 +96,11 @@ GROUPS = {  # heading: (settings, notes)
     "Machine": (
         "device precision compile workers threads",
         """
-        - `--threads auto` starts with a thread for each core that the process may use. Affinity and the quota of a
-          container limit these cores. On a CPU, a run checks once a second how many of them other programs use. It
-          gives up the cores that they keep busy, and takes them again when they are free. It says so in a line. If
-          the number of threads changes, the run is not repeatable to the bit. `--threads N` never changes it.
+        - `--threads auto` starts with a thread for each core that the process may use, but with no more than torch
+          has by itself. Affinity and the quota of a container limit these cores. On a CPU, a run checks once a second
+          how many of them other programs use. It gives up the cores that they keep busy, and takes them again when
+          they are free. It says so in a line. If the number of threads changes, the run is not repeatable to the bit.
+          `--threads N` never changes it.
         """,
     ),
     "Output": (

@@ -55,17 +55,19 @@ def rise(run):
 def unfinished(run):
     """Train accuracy is below 0.95, and rose by more than 0.01 in the last fifth of the epochs."""
     (train, more, last), n = rise(run), len(run["rows"]["epoch"])
-    go_on = " (`--resume` with this folder goes on from here)" if run["args"]["schedule"] in ENDLESS else ""
+    stopped, endless = n < run["args"]["epochs"], run["args"]["schedule"] in ENDLESS
+    go_on = " (`--resume` with this folder goes on from here)" if endless and not stopped else ""
+    longer = "without `--stop-after`" if stopped else f"`--epochs {2 * n}`"
     numbers = f"train {train:.4f}, {more:+.4f} in the last {last} of {n} epochs"
-    return train < 0.95 and more > 0.01, numbers, f"Train longer: `--epochs {2 * n}`{go_on}."
+    return train < 0.95 and more > 0.01, numbers, f"Train longer: {longer}{go_on}."
 
 
 def too_small(run):
-    """Train and test accuracy are below 0.9, and train accuracy rose by no more than 0.01 in the last fifth."""
+    """Train and test accuracy are below 0.9, train accuracy hardly rose at the end (0.01), and it is not `--pretrained`."""
     (train, more, last), model, test = rise(run), run["args"]["model"], run["summary"]["test_acc"]
     larger = [f"`--model {name}`" for name in MODELS[MODELS.index(model) + 1 :][:1]] if model in MODELS else []
     numbers = f"train {train:.4f}, {more:+.4f} in the last {last} epochs; test {test:.4f}"
-    applies = max(train, test) < 0.9 and more <= 0.01 and last > 0
+    applies = max(train, test) < 0.9 and more <= 0.01 and last > 0 and not run["args"]["pretrained"]
     return applies, numbers, f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}."
 
 

@@ -105,7 +105,8 @@ def load(folder):
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(f)]
-        [float(summary[name] or 0) for name in NEEDED]
+        [float(summary[name] or 0) for name in NEEDED], float(summary.get("other_load") or 0)
+        summary["mistakes"], env["images"]["test"]
         summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"], rows[0]["train_acc"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise BadInput(f"{folder}: is no run folder, or damaged ({one_line(e)})") from None

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,9 @@ def cores():
 
 
 def busy_seconds():
-    """Seconds of work so far on the cores that this process may use: (all programs, this one); None if not on Linux.
+    """(seconds of work of all programs so far on the cores that this process may use, of this one, number of cores).
+
+    None if not on Linux.
 
     Programs with a lower priority (`nice`) give way to this one, so their work does not count.
     """
@@ -63,7 +66,7 @@ def busy_seconds():
     counted = (0, 1, 2, 5, 6) if os.nice(0) > 0 else (0, 2, 5, 6)  # user, nice, system, irq, softirq
     cpus = [line.split() for line in lines if line[:3] == "cpu" and line[3:4].isdigit()]
     ticks = sum(int(cpu[1 + i]) for cpu in cpus if int(cpu[0][3:]) in ours for i in counted)
-    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), len(ours)
 
 
 def commit():
@@ -151,6 +154,14 @@ def pick_precision(config, device):
     return "bf16" if any(chip.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
+@cache
+def torchs_threads():
+    """The number of threads that torch has by itself. It is asked once, before a run changes it."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def set_threads(config):
     """Sets torch's CPU threads to `--threads` and returns their number. A run repeats only with the same number.
 
@@ -158,12 +169,13 @@ def set_threads(config):
     """
     import torch
 
+    most = min(torchs_threads(), cores())
     if config.threads != "auto":
         torch.set_num_threads(config.threads)
     elif launched():
         torch.set_num_threads(max(1, cores() // on_this_machine()))
     else:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
+        torch.set_num_threads(most)
     return torch.get_num_threads()
 
 

@@ -281,7 +281,16 @@ def write(folder, live=False, show=False):
         raise BadInput(f"{folder}: is no run folder and no comparison")
     try:
         data = of_comparison(folder) if is_comparison else of_run(folder, live)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as e:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as e:
         raise BadInput(f"{folder}: its files are damaged ({one_line(e)}); start a new run") from None
     runs.write(file, page(data))
     if show:

@@ -15,7 +15,12 @@ def run(train=(0.5, 0.8, 0.97, 0.972), test=0.96, valid=(0.9, 0.95), summary=(),
     rows = dict(train_acc=list(train), valid_acc=list(valid), epoch=list(range(1, len(train) + 1)))
     kept = dict(best_epoch=len(train), test_acc=test, valid_acc=max(valid), chosen_on="valid") | dict(summary)
     recalls = [("cat", 950, 1000), ("dog", 970, 1000)]
-    found = dict(args=Config(**more).to_dict(), n=dict(train=1, valid=n[0], test=n[1]), rows=rows, summary=kept)
+    found = dict(
+        args=Config(**{"epochs": len(train)} | more).to_dict(),
+        n=dict(train=1, valid=n[0], test=n[1]),
+        rows=rows,
+        summary=kept,
+    )
     return {**found, "recalls": recalls, "doubts": [], "cuts": [1.5], **facts}
 
 
@@ -70,6 +75,8 @@ def test_train_low_and_rising():
     assert applies and "train 0.9200, +0.1200 in the last 2 of 10 epochs" in text
     assert "`--epochs 20` (`--resume`" in text
     assert "resume" not in told(advice.unfinished, train=rising, schedule="one_cycle")[1]
+    stopped = told(advice.unfinished, train=rising, schedule="plateau", epochs=50, stop_after=2)[1]
+    assert "Train longer: without `--stop-after`." in stopped
     assert not told(advice.unfinished, train=[*rising[:-1], 0.96])[0]
     assert not told(advice.unfinished, train=[*rising[:-3], 0.9, 0.9, 0.9])[0]
     assert not told(advice.unfinished, train=[0.5])[0]  # one epoch tells no rise

@@ -27,7 +27,7 @@ def follow(monkeypatch):
         share, seconds, work, found = ShareCores(**options), 0.0, 0.0, []
         monkeypatch.setattr(sharing, "WINDOW", 1.0)
         monkeypatch.setattr(sharing, "time", SimpleNamespace(perf_counter=lambda: seconds))
-        monkeypatch.setattr(sharing, "busy_seconds", lambda: (100 + work + seconds, seconds))  # one core is ours
+        monkeypatch.setattr(sharing, "busy_seconds", lambda: (100 + work + seconds, seconds, most))  # one core is ours
         share.before_fit()
         for load in loads:
             seconds, work = seconds + 1, work + load
@@ -85,6 +85,12 @@ def test_a_run_adapts_on_a_cpu_unless_the_number_is_given(make):
     assert make("--threads", "auto")[1].share_cores.adapt and not make("--threads", "1")[1].share_cores.adapt
 
 
+def test_its_own_workers_are_no_other_programs(make):
+    _, learn = make("--threads", "auto", "-j", "1", "--lr", "0.01")
+    learn.fit(1, 0.01)
+    assert not learn.share_cores.adapt and learn.share_cores.other_load is None
+
+
 @linux
 def test_the_range_test_and_the_fit_look_while_they_train(make, monkeypatch):
     class Watch(Callback):
@@ -92,7 +98,7 @@ def test_the_range_test_and_the_fit_look_while_they_train(make, monkeypatch):
             seen.append(torch.get_num_threads())
 
     monkeypatch.setattr(sharing, "WINDOW", 0.0)
-    monkeypatch.setattr(sharing, "busy_seconds", lambda: (2 * time.perf_counter(), 0.0))
+    monkeypatch.setattr(sharing, "busy_seconds", lambda: (2 * time.perf_counter(), 0.0, 2))
     torch.set_num_threads(2)
     _, learn = make("--lr", "0.01")
     seen = []

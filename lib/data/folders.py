@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from fasttransform import Transform
 from sklearn.model_selection import StratifiedKFold
 
 from lib.cli import BadInput, printable
@@ -30,6 +31,25 @@ SYSTEM = (  # names of files and folders that systems leave anywhere, in lower c
 PROGRAMS = ("models", "checkpoints", "runs", "logs", "lightning_logs", "mlruns", "wandb")
 LEFT, LINKS = "files and folders that systems and programs leave", "links and devices"
 OTHERS, UNREAD = "files not named as images, or in no class folder,", "HEIC files, which take uv run --extra heif …,"
+
+
+class Label(Transform):
+    """The class of an image file: the folder below one of `roots`, which hold class folders; elsewhere its own."""
+
+    input_types = (object,)
+
+    def __init__(self, roots):
+        super().__init__()
+        self.roots = [root.parts for root in roots]
+
+    def encodes(self, path: object) -> str:
+        return self.name_of(path)
+
+    def name_of(self, path):
+        """As `encodes`, without the dispatch by type, which takes a hundred times as long."""
+        path = path if isinstance(path, Path) else Path(path)
+        inside = [r for r in self.roots if path.parts[: len(r)] == r and len(path.parts) > len(r) + 1]
+        return unicodedata.normalize("NFC", path.parts[len(inside[0])] if inside else path.parent.name)
 
 
 def left_over(path):

@@ -1,7 +1,6 @@
 """Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
 import random
-import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from lib.config import AUXILIARY, MODELS
 from lib.data import decode
 from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
 from lib.data.decode import batch_size, centre
-from lib.data.folders import find_images, find_sets, told_sets, unlabelled
+from lib.data.folders import Label, find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
 from lib.machine import cores, on_this_machine
@@ -57,25 +56,6 @@ class CentreCrop(Transform):
     def encodes(self, x: PILImage):
         fits = max(x.size) == self.size or min(x.size) < self.size
         return x if fits else type(x).create(centre(np.asarray(x), self.size))
-
-
-class Label(Transform):
-    """The class of an image file: the folder below one of `roots`, which hold class folders; elsewhere its own."""
-
-    input_types = (object,)
-
-    def __init__(self, roots):
-        super().__init__()
-        self.roots = [root.parts for root in roots]
-
-    def encodes(self, path: object) -> str:
-        return self.name_of(path)
-
-    def name_of(self, path):
-        """As `encodes`, without the dispatch by type, which takes a hundred times as long."""
-        path = path if isinstance(path, Path) else Path(path)
-        inside = [r for r in self.roots if path.parts[: len(r)] == r and len(path.parts) > len(r) + 1]
-        return unicodedata.normalize("NFC", path.parts[len(inside[0])] if inside else path.parent.name)
 
 
 class NormalizeInPlace(Normalize):
@@ -230,6 +210,13 @@ class StoreDL(TfmdDL):
             if isinstance(t, AlbumentationsTransform):
                 t.position = self.epoch, i or 0 if number is None else number
         return super().do_item(i)
+
+    def create_item(self, i):
+        """As fastai's; what is in the store is not decoded anew."""
+        stored = self.ids and i is not None and [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
+        if not stored or self.ids[i] is None:
+            return super().create_item(i)
+        return PILImage.create(self.store[self.ids[i]]), *(tl[i] for tl in self.dataset.tls[1:])
 
     def plain(self, most=None):
         """(images, labels) of at most `most` images, not augmented, that lie evenly in the set and so in its classes.

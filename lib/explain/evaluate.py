@@ -226,6 +226,7 @@ def report(learn, config, run, rows, best, start):
 
     `start` is when the run began, as `time.perf_counter` has it.
     """
+    load = learn.share_cores.other_load  # of the fit: the looks below begin anew
     learn.model.load_state_dict(best.state)
     loaders, tta = (learn.dls.valid, learn.dls.test), [None, None]
     valid, test = outcomes = [outcome(learn, dl) for dl in loaders]
@@ -240,7 +241,7 @@ def report(learn, config, run, rows, best, start):
     write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
-    summary |= {"other_load": learn.share_cores.other_load, "total_seconds": time.perf_counter() - start}
+    summary |= {"other_load": load, "total_seconds": time.perf_counter() - start}
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)

@@ -309,8 +309,8 @@ class SGDLearner(Looks):
 def build(config, dls, model, precision="float32", cbs=None):
     """The SGDLearner that `config` asks for. It prints nothing by itself."""
     weight = class_weights(dls.train.labels, len(dls.vocab)) if config.class_weights else None
-    on_cpu = torch.device(dls.device).type == "cpu" and ranks.world() == 1
-    cbs = [*(cbs or []), ShareCores(adapt=on_cpu and config.threads == "auto")]
+    alone = torch.device(dls.device).type == "cpu" and ranks.world() == 1 and not dls.train.fake_l.num_workers
+    cbs = [*(cbs or []), ShareCores(adapt=config.threads == "auto" and not config.compile, looks=alone)]
     if config.freeze_epochs:
         cbs.append(Freeze(config.freeze_epochs))
     if early := getattr(model, "early", []):

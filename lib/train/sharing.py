@@ -24,11 +24,12 @@ class ShareCores(Callback):
     def __init__(
         self,
         adapt=True,  # whether the threads change; if not, only the load is noted
+        looks=True,  # whether it looks at all; its own loader workers and other ranks would count as other programs
     ):
-        self.adapt, self.most, self.told = adapt, torch.get_num_threads(), []
+        self.adapt, self.looks, self.most, self.told = adapt and looks, looks, torch.get_num_threads(), []
 
     def before_fit(self):
-        self.first = self.last = (time.perf_counter(), busy_seconds())
+        self.first = self.last = (time.perf_counter(), busy_seconds() if self.looks else None)
         self.wishes, self.other_load = [], None
 
     def before_batch(self):
@@ -39,7 +40,8 @@ class ShareCores(Callback):
         self.other_load = max(others(self.first, self.last), 0.0)
         if not self.adapt:
             return
-        wish = min(max(self.most - round(others(before, self.last)), 1), self.most)
+        free = self.last[1][2] - others(before, self.last)
+        wish = min(max(round(free), 1), self.most)
         self.wishes = [*self.wishes, wish][-AGREE:]
         if self.wishes == [wish] * AGREE and wish != torch.get_num_threads():
             torch.set_num_threads(wish)
@@ -54,5 +56,5 @@ class ShareCores(Callback):
 
 def others(before, after):
     """The mean number of cores that other programs used between two measurements, each (time, busy_seconds)."""
-    seconds, (all_then, own_then), (all_now, own_now) = after[0] - before[0], before[1], after[1]
+    seconds, (all_then, own_then, _), (all_now, own_now, _) = after[0] - before[0], before[1], after[1]
     return (all_now - all_then - (own_now - own_then)) / seconds
