@@ -53,7 +53,7 @@ from lib.train import schedules
 from tests.benchmarks import common, speed
 
 ROOT, LATE = Path(__file__).parents[2], 60  # seconds after its time in which the command ends itself
-DIGITS = ["--data", "digits", "--lr", "0.1", "--gallery", "1"]
+DIGITS = ["--data", "digits", "--lr", "0.1", "--gallery", "1", "--threads", "2"]  # equal to the bit, whoever is busy
 ONE_CYCLE = "--schedule one_cycle --epochs 12 --cutout 0 --crop-padding 2 --optimizer nesterov --weight-decay 1e-3"
 KEPT = ("test_acc", "valid_acc", "epochs_to_target", "seconds_to_target", "train_seconds", "images_per_second", "lr")
 
@@ -73,6 +73,7 @@ class Bench:
         if self.rehearse and self.data not in (None, "digits"):
             self.data = common.subset(Path(self.data), self.folder / "toy", 500, 100)
         self.source = ["--data", str(self.data or "digits"), "--size", "32", "--cache", str(self.folder / "cache")]
+        self.source += ["--threads", str(torch.get_num_threads())]
         self.pool = ThreadPoolExecutor(2 if self.rehearse else 6)  # of commands that run beside each other
 
     def learner(self, *argv, precision=None):
