@@ -31,7 +31,9 @@ def one_step_and_a_map(name, size):
     torch.nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0])).backward()
     opt.step()
     assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
-    torch.nn.init.normal_([p for p in model.parameters() if p.ndim > 1][-1])  # a fresh head may look at nothing
+    with torch.no_grad():  # a fresh head may look at nothing; of two opposite classes, one has a map
+        head = torch.nn.init.normal_([p for p in model.parameters() if p.ndim > 1][-1])
+        head[1] = -head[0]
     maps = gradcam.maps(model, layer, x.repeat(3, 1, 1, 1), [k for k in range(3) for _ in x])
     assert maps.shape == (12, size, size) and np.isfinite(maps).all()
     assert max(m.max() - m.min() for m in maps) > 0.1
