@@ -16,6 +16,7 @@ import pytest
 
 from lib import config
 from lib.compare import interval
+from tests.benchmarks import lengths
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -219,15 +220,21 @@ def test_the_other_speeds_in_the_docs_are_those_of_the_files():
 
 
 def test_the_differences_in_the_lecture_are_those_of_its_tables():
-    """Each '± 95% interval' of docs/lecture.md stands, rounded, in a comparison.md of results/lecture/."""
+    """Each '± 95% interval' of docs/lecture.md stands, rounded, in a table of results/lecture/ or results/lengths/."""
     known = {(0.007, 0.009), (0.006, 0.015), (618, 5)}  # deviations of train - test (below), and of one-cycle-12/before
-    for file in ROOT.glob("results/lecture/*/comparison.md"):
+    for file in (*ROOT.glob("results/lecture/*/comparison.md"), ROOT / "results/lengths/lengths.md"):
         for mean, half in re.findall(r"[+-](0\.\d{4}) ± (0\.\d{4})", file.read_text(encoding="utf-8")):
             known |= {(round(float(mean), k), round(float(half), k)) for k in (3, 4)}
     found = re.findall(r"([\d.]+) ± ([\d.]+\d|\d)", (ROOT / "docs/lecture.md").read_text(encoding="utf-8"))
     assert len(found) >= 12
     for mean, half in found:
         assert any(abs(a - float(mean)) < 6e-4 and abs(b - float(half)) < 6e-4 for a, b in known), (mean, half)
+
+
+def test_the_table_of_lengths_is_that_of_its_runs():
+    table = lengths.table(lengths.read(sorted((ROOT / "results/lengths").glob("epochs-*"))))
+    told = (ROOT / "results/lengths/lengths.md").read_text(encoding="utf-8").strip().split("\n")
+    assert sorted(table.split("\n")) == sorted(told)
 
 
 def test_the_gap_of_train_and_test_in_the_lecture_is_that_of_its_runs():
@@ -356,7 +363,7 @@ def numbers_in(path):
     if path.is_dir():
         kept = ("*.md", "*.csv", "*.jsonl", "summary.json", "env.json", "*-s*/summary.json", "*-s*/env.json")
         return set().union(*(numbers_in(file) for pattern in kept for file in path.glob(pattern)))
-    if path.suffix not in (".json", ".jsonl", ".csv") and path.name != "comparison.md":
+    if path.suffix not in (".json", ".jsonl", ".csv") and path.name not in ("comparison.md", "lengths.md"):
         return set()
     text = path.read_text(encoding="utf-8")
     found = {float(n) for n in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", text)}

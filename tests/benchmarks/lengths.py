@@ -26,7 +26,7 @@ def read(folders):
         table = pd.read_csv(folder / "comparison.csv")
         table["epochs"] = [len(pd.read_csv(folder / run / "results.csv")) for run in table["folder"]]
         runs.append(table)
-    return pd.concat(runs).sort_values(["epochs", "variant", "seed"])
+    return pd.concat(runs).sort_values("epochs", kind="stable")
 
 
 def table(runs):
