@@ -1,76 +1,191 @@
-"""The runs behind docs/lecture.md: every schedule, optimizer and switch, small network, a fifth of CIFAR-10, 3 seeds.
+"""The runs behind docs/lecture.md: the network `small` on all of CIFAR-10, 30 epochs, 5 seeds for each variant.
 
-uv run python -m tests.benchmarks.evidence --data FOLDER [--groups schedules …] [--epochs 10] [--jobs 2]
+uv run python -m tests.benchmarks.evidence [--groups schedules …] [--jobs 2]
 
-FOLDER is CIFAR-10 as class folders in train/ and test/. Its first 1,000 training and 200 test images of each class are
-copied into a folder of their own. A variant is a comparison of seeds by train_fastai.py, one thread each, `--jobs` of
-them at a time; finished runs are not run again. The tables and figures go to results/lecture/.
+A variant is trained by train_fastai.py with one thread, `--jobs` runs at a time, seed by seed. A finished run leaves
+its numbers in OUT/runs, and is not run again: stop this at any time, and the same command goes on. Optimizers and
+momenta run twice: at the rate of their own range test, and at the best rate of a grid. The grid has steps of about 3
+and runs 10 epochs with seed 0; the accuracy on valid chooses. The tables and figures go to OUT (results/lecture).
 """
 
 import argparse
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import yaml
+
 from lib import compare
-from lib.config import OPTIMIZERS, SCHEDULES
-from tests.benchmarks.common import subset
+from lib.cli import read_json
+from lib.explain import plots
+from lib.runs import write, write_figure
 
 ROOT = Path(__file__).parent.parent.parent
-COMMON = """--size 32 --model small --patience-epochs 1 --lr-iters 70 --gallery 0 --target 0.6 --threads 1
-    --no-progress""".split()
+COMMON = "--model small --ema 0 --threads 1 --gallery 0 --target 0 --no-progress".split()
+FILES = ("args.yaml", "env.json", "results.csv", "summary.json", "lr_find.csv")
+RATES = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3)]  # of the grid
+TUNED = {
+    **{name: ["--optimizer", name] for name in ("nesterov", "rmsprop", "adagrad", "adam")},
+    **{f"momentum {m}": ["--momentum", m] for m in ("0", "0.75", "0.99")},
+}
 VARIANTS = {
     "plateau": [],
-    **{name: ["--optimizer", name] for name in OPTIMIZERS if name != "sgd"},
-    **{f"momentum {m}": ["--momentum", m] for m in ("0.75", "0.99")},
-    **{name: ["--schedule", name] for name in SCHEDULES if name != "plateau"},
-    "grad noise": ["--grad-noise", "0.01"],
-    "noise on plateaus": ["--grad-noise", "0.01", "--perturb-on-plateau"],
+    "constant": ["--schedule", "constant"],
+    "one cycle": ["--schedule", "one_cycle"],
+    "warm-up": ["--warmup-epochs", "2"],
+    "constant, averaged": ["--schedule", "constant", "--ema", "0.999"],
+    "growing batch": ["--schedule", "grow_batch"],
+    "batches of 512": ["-b", "512"],
     "balanced": ["--balanced-batches"],
-    "accumulate": ["--accumulate", "4"],
-    "warmup": ["--warmup-epochs", "2"],
-    "ema": ["--ema", "0.99"],
+    "noise 1e-6": ["--grad-noise", "1e-6"],
+    "noise 1e-4": ["--grad-noise", "1e-4"],
+    "noise 1e-4 on plateaus": ["--grad-noise", "1e-4", "--perturb-on-plateau"],
+    **TUNED,
 }
-# the first of each is what the others are compared with: SGD with momentum 0.9 under plateau
-FIGURES = {
-    "schedules": SCHEDULES,
-    "optimizers": ["plateau", *(name for name in OPTIMIZERS if name != "sgd")],
-    "momentum": ["plateau", "momentum 0.75", "momentum 0.99"],
-    "switches": ["plateau", "grad noise", "noise on plateaus", "balanced", "accumulate", "warmup", "ema"],
+# group: its question, and its variants. The first is what the others are compared with: SGD, momentum 0.9, plateau.
+GROUPS = {
+    "schedules": (
+        "Does a constant rate stall, where plateau goes on? Does an average of the weights make up for it? "
+        "Does one cycle, or a warm-up, end higher in the same 30 epochs?",
+        ["plateau", "constant", "constant, averaged", "one cycle", "warm-up"],
+    ),
+    "batches": (
+        "Is growing the batch as good as lowering the rate? Are larger batches, with less noise, worse? "
+        "Does it matter that every batch has all classes?",
+        ["plateau", "growing batch", "batches of 512", "balanced"],
+    ),
+    "noise": (
+        "Does noise on the gradient help, or is the noise of the mini-batches enough?",
+        ["plateau", "noise 1e-6", "noise 1e-4", "noise 1e-4 on plateaus"],
+    ),
+    "momentum": (
+        "Which momentum from 0 to 0.99 ends highest, at the rate of its range test and at its best rate?",
+        ["plateau", "momentum 0", "momentum 0.75", "momentum 0.99"],
+    ),
+    "optimizers": (
+        "Is SGD with momentum better on test than Nesterov, RMSProp, Adagrad and Adam, each at its best rate? "
+        "Is its gap between train and test smaller? What do they store?",
+        ["plateau", "nesterov", "rmsprop", "adagrad", "adam"],
+    ),
 }
+BEST = ", best rate"
+
+
+def run(options, name, words, epochs, seed):
+    """Trains a variant with one seed, if that is not done yet. Returns the folder of its numbers, None if it failed."""
+    slug = re.sub("[ ,]+", "-", name)
+    folder, numbers = options.runs / f"{slug}-s{seed}", options.out / "runs" / f"{slug}-s{seed}"
+    if (numbers / "summary.json").exists():
+        return numbers
+    given = ["--epochs", epochs, "--seeds", seed, "--out", options.runs, "--name", folder.name]
+    given = ["--resume", folder] if (folder / "weights/last.pt").exists() else [*given, *COMMON, *words]
+    if given[0] != "--resume":
+        shutil.rmtree(folder, ignore_errors=True)  # it was stopped before its first checkpoint
+    where = [word for name in ("data", "cache") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with open(options.runs / f"{folder.name}.log", "a") as log:
+        command = [sys.executable, "train_fastai.py", *map(str, given), *where]
+        status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+    print(f"{folder.name}: exit status {status}", flush=True)
+    if status:  # 3: it diverged
+        return None
+    numbers.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        if (folder / file).exists():
+            shutil.copyfile(folder / file, numbers / file)
+    return publishable(options, numbers)
+
+
+def publishable(options, numbers):
+    """Takes this machine's folders out of a run's settings, and out of its command."""
+    settings = yaml.safe_load((numbers / "args.yaml").read_text())
+    settings |= {"cache": "", "out": "runs/lecture"} | ({"data": "cifar10"} if not options.data else {})
+    write(numbers / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
+    env = (numbers / "env.json").read_text()
+    write(numbers / "env.json", re.sub(r" --(cache|out|resume) [^ \"]+", "", env))
+    return numbers
+
+
+def score(options, name, words, rate):
+    """Valid accuracy after the short run of the grid at `rate`; 0 if it diverged."""
+    given = [*words, "--lr", f"{rate:g}"]
+    numbers = run(options, f"grid {name} {rate:g}", given, options.grid_epochs, options.seeds[0])
+    return read_json(numbers / "summary.json")["valid_acc"] if numbers else 0
+
+
+def best_rate(options, name, words):
+    """The rate with the best valid accuracy, of a grid about the range test's rate that grows where its end is best."""
+    first = run(options, name, words, options.epochs, options.seeds[0])
+    found = read_json(first / "summary.json")["lr"]
+    k = min(range(1, len(RATES) - 1), key=lambda i: abs(RATES[i] / found - 1))
+    tried = {i: score(options, name, words, RATES[i]) for i in (k - 1, k, k + 1)}
+    while (best := max(tried, key=tried.get)) in (min(tried), max(tried)) and 0 < best < len(RATES) - 1:
+        new = best - 1 if best == min(tried) else best + 1
+        tried[new] = score(options, name, words, RATES[new])
+    return RATES[best]
+
+
+def jobs(options, group):
+    """(name, words, seed) of each run of a group, seed by seed."""
+    names = GROUPS[group][1]
+    variants = {name: VARIANTS[name] for name in names}
+    if group in ("momentum", "optimizers"):
+        tuned = {name: VARIANTS[name] for name in names}
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rates = list(pool.map(lambda pair: best_rate(options, *pair), tuned.items()))
+        variants |= {name + BEST: [*tuned[name], "--lr", f"{rate:g}"] for name, rate in zip(tuned, rates)}
+    return [(name, words, seed) for seed in options.seeds for name, words in variants.items()]
+
+
+def gap_and_state(runs):
+    """Two bars for each variant: training minus test accuracy after the last epoch; bytes that its optimizer keeps."""
+    drawing, ((gap, state),) = plots.axes(13, 5, 1, 2)
+    for i, group in enumerate(runs.values()):
+        gaps = [run["rows"][-1]["train_acc"] - run["rows"][-1]["test_acc"] for run in group]
+        gap.plot(gaps, [i] * len(gaps), "o", color=plots.COLOURS[i % len(plots.COLOURS)], alpha=0.6)
+        state.barh(i, group[0]["summary"]["optimizer_state_bytes"], color=plots.COLOURS[i % len(plots.COLOURS)])
+    for ax, text in ((gap, "train (augmented) minus test accuracy, last epoch"), (state, "bytes of optimizer state")):
+        ax.set_yticks(range(len(runs)), list(runs))
+        ax.set(ylim=(len(runs) - 0.5, -0.5), xlabel=text)
+    return drawing
+
+
+def report(options, group, finished):
+    """The tables and figures of a group from {variant: [folder of a finished run, …]}."""
+    out = options.out / group
+    out.mkdir(parents=True, exist_ok=True)
+    compare.report([folder for folders in finished.values() for folder in folders], out)
+    write(out / "question.md", GROUPS[group][0] + "\n")
+    if group == "optimizers":
+        runs = {name: [compare.load(folder) for folder in folders] for name, folders in finished.items()}
+        write_figure(out / "gap.png", gap_and_state(runs))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True, type=Path)
-    p.add_argument("--groups", nargs="+", default=list(FIGURES), choices=FIGURES, help="tables to make")
-    p.add_argument("--epochs", default=10, type=int)
-    p.add_argument("--jobs", default=2, type=int)
-    p.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    p.add_argument("--runs", default=ROOT / "runs/lecture", type=Path)
-    p.add_argument("--out", default=ROOT / "results/lecture", type=Path)
-    args = p.parse_args()
-    data = subset(args.data.expanduser(), args.runs / "data/cifar10-fifth", 10_000, 2_000)
-
-    def run(name):
-        given = ["--data", data, "--out", args.runs, "--name", name, "--epochs", args.epochs, "--seeds", *args.seeds]
-        command = [sys.executable, "train_fastai.py", *map(str, given), *COMMON, *VARIANTS[name]]
-        with open(args.runs / f"{name}.log", "a") as log:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
-        print(f"{name}: exit status {status}", flush=True)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, [name for name in VARIANTS if any(name in FIGURES[group] for group in args.groups)]))
-    for figure in args.groups:
-        names = FIGURES[figure]
-        folders = [folder for name in names for folder in sorted((args.runs / name).glob("*-s*"))]
-        finished = [folder for folder in folders if (folder / "summary.json").exists()]
-        if len(finished) < len(names) * len(args.seeds):
-            print(f"{figure}: {len(finished)} of {len(names) * len(args.seeds)} runs are finished; run this again")
-            continue
-        (args.out / figure).mkdir(parents=True, exist_ok=True)
-        compare.report(folders, args.out / figure)
+    p.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS, help="what to run, in this order")
+    p.add_argument("--epochs", default=30, type=int)
+    p.add_argument("--grid-epochs", default=10, type=int)
+    p.add_argument("--seeds", nargs="+", default=list("01234"))
+    p.add_argument("--jobs", default=2, type=int, help="runs at a time")
+    p.add_argument("--data", help="images other than CIFAR-10")
+    p.add_argument("--cache", help="train_fastai.py's --cache")
+    p.add_argument("--runs", default=ROOT / "runs/lecture", type=lambda path: Path(path).resolve())
+    p.add_argument("--out", default=ROOT / "results/lecture", type=lambda path: Path(path).resolve())
+    options = p.parse_args()
+    for group in options.groups:
+        print(f"{group}: {GROUPS[group][0]}", flush=True)
+        todo = jobs(options, group)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            done = list(pool.map(partial(lambda job: run(options, *job[:2], options.epochs, job[2])), todo))
+        finished = {}
+        for (name, _, _), numbers in zip(todo, done):
+            finished.setdefault(name, []).extend([numbers] * (numbers is not None))
+        report(options, group, finished)
 
 
 if __name__ == "__main__":
