@@ -111,11 +111,11 @@ def images_in(folder, passed):
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                 elif known and entry.is_file(follow_symlinks=False):
-                    images.append(Path(entry.path))
+                    images.append(entry.path.replace(os.sep, "/"))
                 else:
                     unread = UNREAD if name.endswith(HEIF) else OTHERS
                     passed[LINKS if known or entry.is_dir() else unread].append(entry.path)
-    return sorted(images, key=Path.as_posix)
+    return list(map(Path, sorted(images)))
 
 
 def scan(folder, without=frozenset()):

@@ -56,7 +56,7 @@ class Store:
         self.levels = facts["levels"]  # that are black and white in images of more than 8 bits; None without such
         if self.skipped and not skip:  # in a file that another run has written
             raise BadInput(f"{Path(root, self.skipped[0][0])}: {self.skipped[0][1]}; {REMEDY}")
-        self.index = {p: i for i, p in enumerate(self.paths) if self.shapes[i].all()}
+        self.index = {p: i for i, (p, read) in enumerate(zip(self.paths, self.shapes.all(1))) if read}
 
     def in_folder(self, cache, threads, skip):
         """Maps the file of these images under `cache`, written first where there is none; returns its facts."""

@@ -69,9 +69,11 @@ class SmallResNet(nn.Module):
         (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
         """
         conv = self.stem[0]
-        patches = nn.functional.unfold(images.as_subclass(torch.Tensor).cpu().double(), conv.kernel_size)
-        patches = patches.movedim(1, 2).flatten(0, 1)
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        moment = 0
+        for part in images.as_subclass(torch.Tensor).cpu().split(256):  # the patches of all fill too much memory
+            patches = nn.functional.unfold(part.double(), conv.kernel_size).movedim(1, 2).flatten(0, 1)
+            moment = moment + patches.T @ patches / len(patches) * (len(part) / len(images))
+        values, vectors = torch.linalg.eigh(moment)
         vectors *= values > 1e-5 * values[-1]  # directions that no image has, such as colour in grey ones, are ignored
         filters = (vectors / (values + eps).sqrt()).T.flip(0)[: conv.out_channels // 2]
         weight = torch.cat([filters, -filters]).reshape(conv.weight.shape).to(conv.weight)
