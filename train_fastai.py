@@ -53,7 +53,7 @@ def train(config, tested=None):
     start = time.perf_counter()
     from lib import data, machine, models, runs
     from lib import train as training
-    from lib.train import averaging, checkpoint, lecture, ranks, timing
+    from lib.train import averaging, budget, checkpoint, lecture, ranks, timing
 
     models.check(config.model, config.pretrained)
     runs.check_out(config)
@@ -62,6 +62,7 @@ def train(config, tested=None):
     with ranks.joined(computer.device):
         with ranks.first_alone():  # the first process decodes the images, the others find them
             dls = data.get_dls(config, computer.device)
+        config, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, computer.precision, start))
         asked, config = config, averaging.resolved(config, dls)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
@@ -69,7 +70,7 @@ def train(config, tested=None):
         sizes = lecture.batch_sizes(config)
         models.check_batches(model, config, sizes, len(dls.train.ids), dls.store.size, ranks.world())
         learn = training.build(config, dls, model, computer.precision)
-        facts = runs.facts(config, dls, model, computer)
+        facts = runs.facts(config, dls, model, computer) | choices
         if config.dry_run:
             ranks.on_first(runs.show)(asked, config, facts)
             ranks.on_first(data.say_doubts)(dls)

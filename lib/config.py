@@ -30,9 +30,8 @@ ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend 
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
-MACHINE = (
-    "resume cache compile device workers threads progress dry_run lr_find_only checkpoint_seconds open log".split()
-)
+MACHINE = """resume cache compile device workers threads progress dry_run lr_find_only checkpoint_seconds open
+    log""".split()
 FREE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
 # Settings that the range test does not see: it trains at rates of its own, before the schedule begins.
 BEHIND_TEST = """schedule epochs keep stop_after monitor patience_epochs factor min_lr threshold threshold_mode
@@ -43,8 +42,8 @@ MOST_VARIANTS, MOST_NAME = 1000, 120  # in a comparison; characters of its folde
 
 # The defaults of the settings that say None below. A source of images has its own, and so have other settings' values.
 COMMON = dict(
-    epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2, ema=0.0, threshold=1e-4,
-    target=0.0,
+    schedule="plateau", epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2,
+    ema=0.0, threshold=1e-4, target=0.0,
 )  # fmt: skip
 SOURCES = {  # the loss of averaged weights creeps on
     "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04, "target": 0.88},
@@ -52,8 +51,9 @@ SOURCES = {  # the loss of averaged weights creeps on
 }
 IMPLIED = {  # setting: what its value makes the defaults of settings below it
     "data": lambda source: SOURCES.get(source, {}),
+    "minutes": lambda some: {"schedule": "one_cycle", "epochs": "auto", "model": "auto"} if some else {},
     "schedule": {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}.get,
-    "epochs": lambda epochs: {"patience_epochs": max(epochs // 10, 1)},
+    "epochs": lambda epochs: {"patience_epochs": 1 if epochs == "auto" else max(epochs // 10, 1)},
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
     "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 0.2}}.get,
     "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
@@ -73,11 +73,12 @@ class Config:
     data: str = option(
         "cifar10", "cifar10, digits, a folder of images, or an archive (.zip .tar .tar.gz .tar.xz .tar.bz2) of one"
     )
-    schedule: Literal[*SCHEDULES] = option("plateau", "what drives the learning rate")
+    minutes: float = option(0.0, "choose network and epochs of a run that ends in so many minutes; 0: no", low=0)
+    schedule: Literal[*SCHEDULES] = option(None, "what drives the learning rate (plateau; one_cycle with --minutes)")
     bad_images: Literal["fail", "skip"] = option("fail", "unreadable images: fail names the first, skip lists them all")
     seeds: tuple[int, ...] = option((0,), "one run for each: weights, order, augmentation", low=0, high=2**32 - 1)
     split_seed: int = option(0, "seed of the split, where the data is not split already", low=0, high=2**32 - 1)
-    epochs: int = option(None, "passes over the training images (50; digits 20)", low=1)
+    epochs: int | Auto = option(None, "passes over the training images (50; digits 20; auto with --minutes)", low=1)
     batch_size: int | Auto = option("auto", "images a step; auto: 128, less if under 20 steps", "-b", low=1, high=10**6)
     model: str = option(None, f"{', '.join(MODELS)}, torchvision's such as resnet18, timm/NAME (medium; digits small)")
     pretrained: str = option("", "start from weights: the library's, or FILE (.pth, .safetensors)", alone="torchvision")
@@ -105,9 +106,7 @@ class Config:
     patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "lowest learning rate of plateau", low=0)
-    threshold: float = option(
-        None, "change that counts as an improvement (1e-4; cifar10 0.04 with valid_loss, ema)", low=0
-    )
+    threshold: float = option(None, "change that counts as better (1e-4; cifar10 0.04 with valid_loss, ema)", low=0)
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "first epochs; the rate rises from a quarter of the schedule's rate", low=0)
@@ -162,13 +161,15 @@ class Config:
             raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
         if not self.data:
             raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
+        if bool(self.minutes) != (self.epochs == "auto") or (self.model == "auto" and not self.minutes):
+            raise BadInput("--minutes: chooses the epochs (and the model, if not given); pass it or --epochs, not both")
         if self.mixup and self.cutmix:
             raise BadInput("--mixup, --cutmix: pass one of them, not both")
         if self.folds == 1 or self.fold > self.folds:
             raise BadInput("--folds: must be 2 or more, and --fold one of them")
         if self.freeze_epochs and not self.pretrained:
             raise BadInput("--freeze-epochs: needs --pretrained; fresh weights are not worth keeping")
-        if self.pretrained == "torchvision" and self.model in MODELS:
+        if self.pretrained and self.model == "auto" or self.pretrained == "torchvision" and self.model in MODELS:
             raise BadInput(f"--pretrained: {self.model!r} has none; pass --model resnet18 or timm/NAME, or FILE")
         if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
             raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
@@ -339,6 +340,8 @@ def variants(argv=None):
             configs.append(dataclasses.replace(config, seeds=(seed,), fold=fold, name=name))
     if len(configs) == 1:
         return [config]
+    if config.minutes:
+        raise BadInput("--minutes: is for one run; compare with the --model and --epochs that it chooses")
     if len(set(names)) < len(names):
         raise BadInput(f"{', '.join(map(flag_of, axes))}: a value is there twice")
     folder = f"{data_name(config)}-{'_vs_'.join(names)}" + f"-{config.folds}-folds" * (config.folds > 0)

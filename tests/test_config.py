@@ -37,7 +37,7 @@ def test_help_needs_no_torch_and_is_quick():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--epochs", "0"], "--epochs: must be a whole number of at least 1, not '0'"),
+        (["--epochs", "0"], "--epochs: must be a whole number of at least 1 or auto, not '0'"),
         (["--epochs", "2.5"], "--epochs"),
         (["--epochs", "two"], "--epochs"),
         (["--lr", "-1"], "--lr"),

@@ -276,8 +276,8 @@ NOT_RUN = {
 # what is added to a command of the docs; of a flag that comes twice the last one counts
 TOY_RUN = "--epochs 1 --size 32 --lr-iters 40 --gallery 2 --no-progress".split()
 TOY_BENCHMARKS = {
-    "tests.benchmarks.evidence": "--epochs 1 --seeds 0 --groups momentum --runs HERE/lecture --out HERE/lecture",
-    "tests.benchmarks.networks": "--seconds 1 --seeds 0 --only small --out HERE/networks.json",
+    "tests.benchmarks.evidence": "--data FOLDER --epochs 1 --seeds 0 --groups noise --runs HERE/lecture --out HERE/lecture",
+    "tests.benchmarks.networks": "--epochs 1 --only small --data FOLDER --runs HERE/networks --out HERE/networks.json",
     "tests.benchmarks.speed": "--images 320 --rounds 1 --model small --out HERE/speed.json",
     "tests.benchmarks.teach": "--epochs 1 --seeds 0 --out HERE/teach",
 }
@@ -300,7 +300,8 @@ def toy(line, number):
     words = shlex.split(line)
     data = [] if "--data" in words else ["--data", "FOLDER"]
     seeds = ["--seeds", "0", "1"] if "--seeds" in words else []
-    return [*words, *TOY_RUN, *data, *seeds, "--out", f"out/{number}"]
+    run = [*TOY_RUN[2:], "--minutes", "0.8", "--model", "small"] if "--minutes" in words else TOY_RUN
+    return [*words, *run, *data, *seeds, "--out", f"out/{number}"]
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,19 @@ def step_seconds(learn):
     return lr_range.run(learn, np.full(STEPS, 1e-9), stop_div=False).step_seconds
 
 
-def epoch_seconds(learn, step):
-    """Seconds of an epoch whose updates take `step` seconds each: those of training, and of valid and test after it."""
+def evaluation_seconds(learn):
+    """Seconds of an evaluation of valid and test, from one batch of valid."""
     valid, test = learn.dls.valid, getattr(learn.dls, "test", None)
     batch = valid.plain()
     start = time.perf_counter()
     learn.evaluate([batch])
-    image = (time.perf_counter() - start) / len(batch[0])
     images = len(valid.dataset) + (len(test.dataset) if test is not None else 0)
-    return step * -(-len(learn.dls.train) // learn.accumulate) + image * images
+    return (time.perf_counter() - start) * images / len(batch[0])
+
+
+def epoch_seconds(learn, step):
+    """Seconds of an epoch whose updates take `step` seconds each: those of training, and of valid and test after it."""
+    return step * -(-len(learn.dls.train) // learn.accumulate) + evaluation_seconds(learn)
 
 
 def expectation(learn, config, precision, step=None):

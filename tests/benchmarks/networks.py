@@ -1,50 +1,71 @@
-"""What a network learns in a fixed time: parameters, multiply-adds, images a second, valid accuracy over seeds.
+"""What networks learn from how many images, and how fast they are: the table that `--minutes` chooses from.
 
-uv run python -m tests.benchmarks.networks --data FOLDER [--seconds 300] [--seeds 0 1 2] [--only NAME …] [--out FILE]
+uv run python -m tests.benchmarks.networks [--only NAME …] [--epochs 2 4 8 16] [--seeds 0] [--out FILE]
 
-The speed of every candidate is measured first, in turn, on one batch that stays in memory; each then trains for as many
-batches as it does in the given seconds (a noisy hour is nobody's disadvantage) under one cycle, SGD, momentum 0.9,
-and is judged on valid, never on test. Finished rows are kept in the file, and not run again.
+First the speed of every candidate is measured, in turn, on one batch that stays in memory. Then train_fastai.py trains
+each for each number of epochs under one cycle. What counts is the accuracy on valid, never that on test. Finished runs
+are kept in the file, and not run again. `--add` takes over the numbers of finished runs of one cycle.
 """
 
 import argparse
 import json
-import math
 import statistics
+import tempfile
 import time
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lib import config, machine
-from lib.data import loader
+import train_fastai
+from lib import compare, machine
+from lib.config import parse
 from lib.models import networks, zoo
-from lib.train import learner, optimizers
+from lib.train import learner
 from tests.benchmarks import common
-from tests.benchmarks.common import save
 
-WIDE = dict(stem=24, widths=(64, 128, 256))
+ROOT = Path(__file__).parents[2]
+
+
+class Separable(networks.SmallResNet):
+    """Its 3 x 3 convolutions see one channel each, and a 1 x 1 convolution mixes them (Howard, arXiv 1704.04861)."""
+
+    def __init__(self, n_classes, **args):
+        super().__init__(n_classes, **args)
+        for parent in list(self.stages.modules()):
+            for name, conv in list(parent.named_children()):
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                    c_in, c_out = conv.in_channels, conv.out_channels
+                    each = nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False)
+                    setattr(parent, name, nn.Sequential(each, nn.Conv2d(c_in, c_out, 1, bias=False)))
+
+
+class Strided(networks.SmallResNet):
+    """Its first stage has a convolution of stride 2 instead of one with pooling behind it."""
+
+    def __init__(self, n_classes, **args):
+        super().__init__(n_classes, **args)
+        first = self.stages[0][0]
+        first[0] = nn.Conv2d(first[0].in_channels, first[0].out_channels, 3, stride=2, padding=1, bias=False)
+        del first[1]
+
+
+def ours(*widths, stem=24, depths=(1, 1, 1), kind=networks.SmallResNet):
+    return kind, dict(stem=stem, widths=widths, depths=depths, squeeze=False)
+
+
 CANDIDATES = {
-    **{name: args for name, (_, args) in zoo.MODELS.items()},
-    "32,96,256": dict(stem=24, widths=(32, 96, 256)),
-    "64,256,256": dict(stem=24, widths=(64, 256, 256)),
-    "64,128,256": WIDE,
-    "64,128,256 not whitening": {**WIDE, "whiten": False},
-    "64,128,256 without squeeze-excite": {**WIDE, "squeeze": False},
-    "64,128,256 x2": {**WIDE, "depths": (2, 2, 2)},
-    "96,192,384": dict(stem=24, widths=(96, 192, 384)),
+    **zoo.MODELS,
+    "24,64,128": ours(24, 64, 128),
+    "32,96,256": ours(32, 96, 256),
+    "32,128,256": ours(32, 128, 256),
+    "64,128,256": ours(64, 128, 256),
+    "64,128,256 strided": ours(64, 128, 256, kind=Strided),
+    "64,128,256 separable": ours(64, 128, 256, kind=Separable),
+    "96,192,384 separable": ours(96, 192, 384, kind=Separable),
 }
-
-
-def network(args, dls):
-    """A fresh network of `args` for the data."""
-    args = dict(args)
-    whiten = args.pop("whiten", True)
-    model = networks.SmallResNet(len(dls.vocab), **args)
-    if whiten:
-        model.whiten(dls.train.plain()[0])
-    return model.to(memory_format=torch.channels_last)
 
 
 def multiply_adds(model, size=32):
@@ -64,100 +85,111 @@ def multiply_adds(model, size=32):
     return total
 
 
-def speeds(models_, batch, autocast, rounds=7, steps=3):
-    """{name: images a second}: medians of training steps on `batch`, the models in turn."""
-    x, y = batch
-    optimizers = {name: torch.optim.SGD(m.parameters(), 0.01, 0.9) for name, m in models_.items()}
-    found = {name: [] for name in models_}
+def speeds(models, precision, device="cpu", bs=128, rounds=5, steps=2):
+    """{name: images a second}: medians of training steps on one batch, the models in turn. The stem is fixed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(bs, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+    y = torch.randint(10, (bs,), generator=generator).to(device)
+    dtype, found, optimizers = learner.DTYPES[precision], defaultdict(list), {}
+    for name, model in models.items():
+        model.to(device, memory_format=torch.channels_last).stem[0].weight.requires_grad_(False)
+        optimizers[name] = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, 0.9)
     for i in range(rounds + 1):
-        for name, model in models_.items():
+        for name, model in models.items():
             start = time.perf_counter()
             for _ in range(steps):
-                step(model, optimizers[name], x, y, autocast)
-            if i:
-                found[name].append(steps * len(y) / (time.perf_counter() - start))
-    return {name: statistics.median(v) for name, v in found.items()}
+                with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not torch.float32):
+                    out = model(x)
+                nn.functional.cross_entropy(out.float(), y).backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+            if i:  # the first round warms up
+                found[name].append(steps * bs / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
-def step(model, opt, x, y, autocast):
-    with autocast():
-        out = model(x)
-    nn.functional.cross_entropy(out.float(), y).backward()
-    opt.step()
-    opt.zero_grad()
+def train(name, epochs, seed, options):
+    """The folder of a finished run of train_fastai.py."""
+    argv = ["--model", name, "--epochs", epochs, "--seeds", seed, "--schedule", "one_cycle", "--gallery", 0]
+    argv += ["--no-progress", "--threads", options.threads, "--out", Path(options.runs).resolve()]
+    argv += ["--name", f"{name.replace(',', '-').replace(' ', '-')}-{epochs}-s{seed}"]
+    argv += [word for key in ("data", "cache") if (value := getattr(options, key)) for word in (f"--{key}", value)]
+    argv += ["--size", 32, "--precision", options.precision]
+    zoo.MODELS[name] = CANDIDATES[name]
+    if train_fastai.main(list(map(str, argv))):
+        raise SystemExit(f"{name}: the run of {epochs} epochs failed")
+    return max(Path(options.runs).glob(argv[argv.index("--name") + 1] + "*"), key=lambda folder: folder.stat().st_mtime)
 
 
-def train(args, seed, steps, dls, autocast, lr):
-    """Valid accuracy of a network of `args` after `steps` batches of one cycle."""
-    torch.manual_seed(seed)
-    model = network(args, dls)
-    spared = optimizers.undecayed(model)
-    decayed = [p for p in model.parameters() if not any(p is q for q in spared)]
-    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": spared, "weight_decay": 0}]
-    opt = torch.optim.SGD(groups, lr, 0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, cycle_momentum=False, pct_start=0.25)
-    dls.train.seed, dls.train.epoch, done, start = seed, 0, 0, time.perf_counter()
-    while done < steps:
-        for b in dls.train:
-            x, y = (t.as_subclass(torch.Tensor) for t in b)
-            step(model, opt, x, y, autocast)
-            schedule.step()
-            done += 1
-            if done == steps:
-                break
-    seconds = time.perf_counter() - start
-    right = n = 0
-    model.eval()
-    with torch.no_grad():
-        for b in dls.valid:
-            x, y = (t.as_subclass(torch.Tensor) for t in b)
-            right, n = right + (model(x).argmax(1) == y).sum().item(), n + len(y)
-    return right / n, seconds
+def add(rows, folder, name=None):
+    """Adds the accuracy of a finished run to the row of its network."""
+    run = compare.load(folder)
+    args, env = run["args"], run["env"]
+    if args["schedule"] != "one_cycle":
+        raise SystemExit(f"{folder}: is no run of one_cycle")
+    row = rows.setdefault(name or args["model"], {})
+    facts = dict(valid_acc=run["summary"]["valid_acc"], images=len(run["rows"]) * env["images"]["train"])
+    facts |= {key: env[key] for key in ("commit", "precision")}
+    row.setdefault("runs", {})[f"{len(run['rows'])} epochs, seed {args['seeds'][0]}"] = facts
+
+
+def learned(runs):
+    """[(images seen, mean valid accuracy, number of runs)] of a row's runs, by images."""
+    by_images = defaultdict(list)
+    for run in runs.values():
+        by_images[run["images"]].append(run["valid_acc"])
+    return [(images, statistics.mean(found), len(found)) for images, found in sorted(by_images.items())]
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--data", required=True, help="as of train_fastai.py")
-    p.add_argument("--seconds", type=float, default=300)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--only", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
-    p.add_argument("--lr", type=float, default=0.2)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="*", default=list(zoo.MODELS), choices=CANDIDATES, help="networks to train")
+    p.add_argument("--epochs", type=int, nargs="+", default=[2, 4, 8, 16])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--threads", default="auto")
     p.add_argument("--precision", default="auto")
-    p.add_argument("--out", default="results/networks.json")
-    args = p.parse_args()
-    settings = config.parse(["--data", args.data, "--size", "32", "--precision", args.precision])
-    precision = machine.pick_precision(settings, torch.device("cpu"))
-    dtype = learner.DTYPES[precision]
-    autocast = lambda: torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
-    dls = loader.get_dls(settings)
-    batch = tuple(t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
-    made = {name: network(CANDIDATES[name], dls) for name in args.only}
-    about = {
-        name: {
-            "args": CANDIDATES[name],
-            "parameters": sum(q.numel() for q in m.parameters()),
-            "multiply_adds": multiply_adds(m),
-        }
-        for name, m in made.items()
-    }
-    known = json.loads(Path(args.out).read_text())["rows"] if Path(args.out).exists() else {}
-    speed = speeds(made, batch, autocast)
-    rows = {
-        **known,
-        **{name: {**about[name], **known.get(name, {}), "images_per_second": speed[name]} for name in made},
-    }
-    for seed in args.seeds:
-        for name in args.only:
-            runs = rows[name].setdefault("runs", {})
-            key = f"{args.seconds:g} s, seed {seed}"
-            if key in runs:
-                continue
-            steps = math.ceil(args.seconds * speed[name] / dls.train.bs)
-            acc, seconds = train(CANDIDATES[name], seed, steps, dls, autocast, args.lr)
-            runs[key] = {"valid_acc": acc, "batches": steps, "seconds": seconds}
-            print(f"{name:20s} {key:16s} {steps} batches, {seconds:.0f} s: valid {acc:.4f}", flush=True)
-            command = f"python -m tests.benchmarks.networks --data … --seconds {args.seconds:g}"
-            save(args.out, {"command": command, "precision": precision, "rows": rows, "machine": common.machine()})
+    p.add_argument("--add", nargs="*", default=[], help="folders of finished runs of one_cycle on CIFAR-10")
+    p.add_argument("--no-speeds", action="store_true", help="leave the measured speeds as they are")
+    p.add_argument("--data", help="images other than CIFAR-10")
+    p.add_argument("--cache", help="train_fastai.py's --cache")
+    p.add_argument("--runs", default=tempfile.gettempdir() + "/networks", help="folder of the runs")
+    p.add_argument("--out", default=ROOT / "results/networks.json", type=Path)
+    options = p.parse_args()
+    rows = {}
+    with suppress(FileNotFoundError):
+        rows = json.loads(options.out.read_text())["rows"]
+    for folder in options.add:
+        add(rows, folder)
+    if not options.no_speeds:
+        measure(
+            rows, machine.prepare(parse(["--precision", options.precision, "--threads", options.threads])).precision
+        )
+    save(options, rows)
+    for epochs in options.epochs:
+        for seed in options.seeds:
+            for name in options.only:
+                if f"{epochs} epochs, seed {seed}" not in rows.setdefault(name, {}).get("runs", {}):
+                    add(rows, train(name, epochs, seed, options), name)
+                    save(options, rows)
+
+
+def measure(rows, precision):
+    """Adds size and speed of each candidate to its row."""
+    torch.manual_seed(0)
+    models = {name: constructor(10, **args) for name, (constructor, args) in CANDIDATES.items()}
+    for name, speed in speeds(models, precision).items():
+        row = rows.setdefault(name, {})
+        row["args"], row["parameters"] = CANDIDATES[name][1], sum(p.numel() for p in models[name].parameters())
+        row["multiply_adds"] = multiply_adds(models[name])
+        row.setdefault("images_per_second", {})[f"{precision}, {torch.backends.cpu.get_cpu_capability()}"] = speed
+
+
+def save(options, rows):
+    for row in rows.values():
+        row["learned"] = learned(row.get("runs", {}))
+    common.save(
+        options.out, {"command": "python -m tests.benchmarks.networks", "rows": rows, "machine": common.machine()}
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+import json
+import re
+import time
+
+import pytest
+
+from lib.cli import BadInput
+from lib.config import MODELS, parse
+from lib.train import budget
+from train_fastai import main
+
+TABLE = {"small": [(1000, 0.5, 3), (4000, 0.7, 3)], "medium": [(1000, 0.4, 3), (4000, 0.9, 1)]}
+
+
+@pytest.fixture
+def planned(monkeypatch, get):
+    """`choose` for digits, with a table and numbers of epochs that fit; returns (config, choices)."""
+
+    def planned(fits, *options):
+        monkeypatch.setattr(budget, "learned", lambda: TABLE)
+        monkeypatch.setattr(budget, "fitting", lambda config, learn, start: fits[learn.model.stem[0].out_channels])
+        config = parse(["--data", "digits", "--minutes", "5", *options])
+        return budget.choose(config, get(config), "float32", 0.0)
+
+    return planned
+
+
+@pytest.fixture(scope="module")
+def get():
+    from lib.data import get_dls
+
+    made = []
+    return lambda config: made[0] if made else made.append(get_dls(config)) or made[0]
+
+
+def test_what_is_promised_lies_between_the_points_and_not_above_the_last():
+    promised = [budget.promised(TABLE["small"], n) for n in (500, 1000, 2000, 4000, 10**6)]
+    assert promised[1:] == pytest.approx([0.5, 0.6, 0.7, 0.7]) and 0 < promised[0] < 0.5
+
+
+def test_the_network_that_promises_most_is_chosen(planned, capsys):
+    few = {12: 3.9, 24: 0.7}  # channels of the first convolution: small has 12, medium and large have 24
+    config, choices = planned(few)
+    assert (config.model, config.epochs, config.schedule, config.minutes) == ("small", 3, "one_cycle", 0)
+    assert choices == {"minutes": 5, "choices": {"small": (3, pytest.approx(0.69, abs=0.01))}}
+    config, choices = planned({12: 40, 24: 25.5}, "--schedule", "plateau")
+    assert (config.model, config.epochs, config.patience_epochs, config.schedule) == ("medium", 25, 2, "plateau")
+    assert list(choices["choices"]) == list(MODELS) and choices["choices"]["large"] == (25, None)
+    assert "5 min: medium, 25 epochs (0.90)" in capsys.readouterr().out
+    config, _ = planned({12: 40, 24: 25.5}, "--model", "large")
+    assert (config.model, config.epochs) == ("large", 25)
+    with pytest.raises(BadInput, match="--minutes 5: not one epoch of small fits"):
+        planned({12: 0.9})
+
+
+def test_the_table_is_there_for_each_network_of_ours():
+    assert set(budget.learned()) >= set(MODELS)
+
+
+@pytest.mark.parametrize("text", ["{}", "[", '{"rows": {"small": {"learned": []}}, "x": NaN}', '{"rows": []}'])
+def test_a_damaged_table_is_one_line(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(budget, "TABLE", tmp_path / "networks.json")
+    (tmp_path / "networks.json").write_text(text)
+    with pytest.raises(BadInput, match=r"networks.json: says what networks learn, and cannot be read"):
+        budget.learned()
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--epochs", "3"], "--minutes: chooses the epochs"),
+        (["--seeds", "0", "1"], "--minutes: is for one run"),
+        (["--pretrained"], "--pretrained: 'auto' has none; pass --model"),
+        (["--minutes", "-1"], "--minutes: must be a number of at least 0"),
+    ],
+)
+def test_what_minutes_cannot_do_is_one_line(options, text, capsys):
+    assert main(["--data", "digits", "--minutes", "5", *options]) == 2
+    assert text in capsys.readouterr().err
+    assert main(["--data", "digits", "--epochs", "auto"]) == 2
+
+
+@pytest.mark.parametrize("minutes", [0.2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_ends_in_time_and_its_settings_repeat_it(bands, tmp_path, monkeypatch, capsys, minutes):
+    monkeypatch.setattr(budget, "FIGURES", 3)
+    options = "--size 16 -b 16 --model small --lr 0.05 --gallery 0 --name x".split()
+    start = time.perf_counter()
+    assert main(["--data", str(bands), *options, "--minutes", str(minutes), "--out", str(tmp_path)]) == 0
+    if minutes == 1:  # a time of seconds is that of the machine's other programs
+        assert time.perf_counter() - start < 60 * minutes
+    told = int(re.search(r"s: small, (\d+) epochs", capsys.readouterr().out)[1])
+    env = json.loads((tmp_path / "x/env.json").read_text())
+    assert env["minutes"] == minutes and env["choices"]["small"][0] == told
+    assert len((tmp_path / "x/results.csv").read_text().splitlines()) == told + 1
+    assert main(["-c", str(tmp_path / "x/args.yaml"), "--name", "y", "--dry-run"]) == 0
+    assert f"one_cycle, {told} epochs" in capsys.readouterr().out
