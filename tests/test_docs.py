@@ -276,7 +276,7 @@ NOT_RUN = {
 # what is added to a command of the docs; of a flag that comes twice the last one counts
 TOY_RUN = "--epochs 1 --size 32 --lr-iters 40 --gallery 2 --no-progress".split()
 TOY_BENCHMARKS = {
-    "tests.benchmarks.evidence": "--data FOLDER --epochs 1 --seeds 0 --groups noise --runs HERE/lecture --out HERE/tables",
+    "tests.benchmarks.evidence": "--data FOLDER --epochs 1 --seeds 0 --groups noise --runs HERE/lecture --out HERE/t",
     "tests.benchmarks.networks": "--epochs 1 --only small --data FOLDER --runs HERE/networks --out HERE/networks.json",
     "tests.benchmarks.speed": "--images 320 --rounds 1 --model small --out HERE/speed.json",
     "tests.benchmarks.teach": "--epochs 1 --seeds 0 --out HERE/teach",
