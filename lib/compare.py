@@ -19,22 +19,11 @@ from lib.config import AXES, BEHIND_TEST, FIELDS, MACHINE, Config, read_file, re
 from lib.machine import launched
 from lib.runs import write, write_csv, write_figure
 
-COLUMNS = (
-    "variant", "seed", "fold", "test_acc", "last_test_acc", "last_train_acc", "valid_acc", "best_epoch",
-    "epochs_to_target", "seconds_to_target", "train_seconds", "lr", "optimizer_state_bytes", "other_load", "folder",
-)  # fmt: skip
-NEEDED = (
-    "test_acc",
-    "last_test_acc",
-    "valid_acc",
-    "best_epoch",
-    "epochs_to_target",
-    "seconds_to_target",
-    "train_seconds",
-    "lr",
-    "optimizer_state_bytes",
-    "target",
-)  # fmt: skip  numbers that a summary must have
+COLUMNS = """variant seed fold test_acc last_test_acc last_train_acc valid_acc best_epoch epochs_to_target
+    seconds_to_target train_seconds lr optimizer_state_bytes other_load folder""".split()
+# numbers that a summary must have
+NEEDED = """test_acc last_test_acc valid_acc best_epoch epochs_to_target seconds_to_target train_seconds lr
+    optimizer_state_bytes target""".split()
 FREE = (*MACHINE, "out")  # settings that may change while a comparison goes on
 ASIDE = (*FREE, "seeds", "fold", "name", "gallery", "cam")  # settings in which the runs of one variant may differ
 DISTURBED = 0.25  # if other processes used more cores than this, the seconds of the run are marked

@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import yaml
+from yaml import YAMLError
 
 from lib import runs
 from lib.advice import advice, wilson
@@ -37,6 +38,8 @@ ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only"
 ELSEWHERE = ("classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
+# what a reader of damaged files meets
+DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, YAMLError
 MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
 
 
@@ -69,18 +72,18 @@ def command_line(args, env):
     """The command line of the settings `args`; what was typed, where they are those of another version."""
     try:
         config = Config(**{k: v for k, v in args.items() if k not in ASIDE})
-        plain = Config(data=config.data, schedule=config.schedule, lr_scale=config.lr_scale)  # others depend on these
     except (BadInput, TypeError):
         return f"uv run {env.get('command', '')}"
+    others = {name: getattr(config, name) for name in ("data", "schedule", "lr_scale")}  # on which defaults depend
+    usual = Config(**others).to_dict() | {name: Config().to_dict()[name] for name in others}
     words = ["uv", "run", "train_fastai.py"]
-    for field in dataclasses.fields(Config):
-        name, value = field.name, getattr(config, field.name)
-        if value == (field.default if name in ("data", "schedule", "lr_scale") else getattr(plain, name)):
+    for name, value in config.to_dict().items():
+        if value == usual[name]:
             continue
         if isinstance(value, bool):
             words.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
         else:
-            words += [flag_of(name), *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
@@ -281,16 +284,7 @@ def write(folder, live=False, show=False):
         raise BadInput(f"{folder}: is no run folder and no comparison")
     try:
         data = of_comparison(folder) if is_comparison else of_run(folder, live)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as e:
+    except DAMAGED as e:
         raise BadInput(f"{folder}: its files are damaged ({one_line(e)}); start a new run") from None
     runs.write(file, page(data))
     if show:

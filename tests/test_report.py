@@ -273,6 +273,12 @@ def test_the_command_gives_the_same_settings(argv):
     assert report.command_line({"unknown": 1}, {"command": "train_fastai.py -b 8"}) == "uv run train_fastai.py -b 8"
 
 
+def test_the_command_leaves_out_what_is_usual():
+    assert report.command_line(config.Config().to_dict(), {}) == "uv run train_fastai.py"
+    argv = "--data digits --schedule one_cycle --lr-scale linear"
+    assert report.command_line(config.parse(argv.split()).to_dict(), {}) == f"uv run train_fastai.py {argv}"
+
+
 def comparison_folder(path, name="one_cycle"):
     """Two variants with two seeds each, compared."""
     for seed in (0, 1):
