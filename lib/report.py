@@ -70,20 +70,20 @@ def as_text(facts):
 
 def command_line(args, env):
     """The command line of the settings `args`; what was typed, where they are those of another version."""
+    words, given = ["uv", "run", "train_fastai.py"], {}
     try:
-        config = Config(**{k: v for k, v in args.items() if k not in ASIDE})
+        config = Config(**{k: v for k, v in args.items() if k not in ASIDE}).to_dict()
+        for name in sorted(config, key=lambda name: name == "threshold"):  # whose default depends on settings after it
+            value = config[name]
+            if value == Config(**given).to_dict()[name]:
+                continue
+            given[name] = value
+            if isinstance(value, bool):
+                words.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
+            else:
+                words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
     except (BadInput, TypeError):
         return f"uv run {env.get('command', '')}"
-    others = {name: getattr(config, name) for name in ("data", "schedule", "lr_scale")}  # on which defaults depend
-    usual = Config(**others).to_dict() | {name: Config().to_dict()[name] for name in others}
-    words = ["uv", "run", "train_fastai.py"]
-    for name, value in config.to_dict().items():
-        if value == usual[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(flag_of(name) if value else "--no-" + flag_of(name)[2:])
-        else:
-            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

@@ -275,8 +275,13 @@ def test_the_command_gives_the_same_settings(argv):
 
 def test_the_command_leaves_out_what_is_usual():
     assert report.command_line(config.Config().to_dict(), {}) == "uv run train_fastai.py"
-    argv = "--data digits --schedule one_cycle --lr-scale linear"
-    assert report.command_line(config.parse(argv.split()).to_dict(), {}) == f"uv run train_fastai.py {argv}"
+    for argv in (
+        "--data digits --schedule one_cycle --lr-scale linear",
+        "--epochs 8",
+        "--ema 0.0",
+        "--monitor valid_acc",
+    ):
+        assert report.command_line(config.parse(argv.split()).to_dict(), {}) == f"uv run train_fastai.py {argv}"
 
 
 def comparison_folder(path, name="one_cycle"):
