@@ -45,12 +45,15 @@ from tests.benchmarks.common import generate, save, subset
 ROOT = Path(__file__).parents[2]
 FIRST_STEP = """
 import os, sys, time, resource
-from lib.train import learner
-def step(self, *args):
+import train_fastai
+def step(*args):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
     os._exit(0)
-learner.SGDLearner._step = step
-import train_fastai
+def train(*args):
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    register_optimizer_step_pre_hook(step)
+    return original(*args)
+original, train_fastai.train = train_fastai.train, train
 sys.exit(train_fastai.main(sys.argv[1:]))
 """
 
@@ -243,10 +246,10 @@ def command_seconds(argv, times=3):
 
 
 def start_up(args, root, folder):
-    """Seconds of `--help` and to the first training step, and the memory that takes, of the command itself."""
+    """Seconds of `--help` and to the first step, that of the range test; and the memory at that step."""
     help_seconds, _ = command_seconds(["train_fastai.py", "--help"])
-    start = ["-c", FIRST_STEP, "--data", args.data or str(root), "--size", "32", "--lr", "0.05"]
-    start += ["--model", args.model, "--out", str(folder / "runs"), "--cache"]
+    start = ["-c", FIRST_STEP, "--data", args.data or str(root), "--size", "32"]
+    start += ["--model", args.model, "--precision", args.precision, "--out", str(folder / "runs"), "--cache"]
     command_seconds([*start, str(folder / "bytecode")], 1)  # is not counted: the first start ever compiles Python
     cold, _ = command_seconds([*start, str(folder / "all")], 1)
     warm, peak = command_seconds([*start, str(folder / "all")])
