@@ -1,11 +1,11 @@
-"""The runs behind docs/lecture.md: the network `small` on all of CIFAR-10, 30 epochs, 5 seeds for each variant.
+"""The claims of docs/lecture.md, tried: the network `small` on all of CIFAR-10, 30 epochs, 5 seeds for each variant.
 
 uv run python -m tests.benchmarks.evidence [--groups schedules …] [--jobs 2]
 
 A variant is trained by train_fastai.py with one thread, `--jobs` runs at a time, seed by seed. A finished run leaves
 its numbers in OUT/runs, and is not run again: stop this at any time, and the same command goes on. Optimizers and
 momenta run twice: at the rate of their own range test, and at the best rate of a grid. The grid has steps of about 3
-and runs 10 epochs with seed 0; the accuracy on valid chooses. The tables and figures go to OUT (results/lecture).
+and runs 10 epochs with seed 0; the accuracy on valid chooses. The tables and figures go to OUT (results/evidence).
 """
 
 import argparse
@@ -103,7 +103,7 @@ def run(options, name, words, epochs, seed):
 def publishable(options, numbers):
     """Takes this machine's folders out of a run's settings, and out of its command."""
     settings = yaml.safe_load((numbers / "args.yaml").read_text())
-    settings |= {"cache": "", "out": "runs/lecture"} | ({"data": "cifar10"} if not options.data else {})
+    settings |= {"cache": "", "out": "runs/evidence"} | ({"data": "cifar10"} if not options.data else {})
     write(numbers / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
     env = (numbers / "env.json").read_text()
     write(numbers / "env.json", re.sub(r" --(cache|out|resume) [^ \"]+", "", env))
@@ -174,8 +174,8 @@ def main():
     p.add_argument("--jobs", default=2, type=int, help="runs at a time")
     p.add_argument("--data", help="images other than CIFAR-10")
     p.add_argument("--cache", help="train_fastai.py's --cache")
-    p.add_argument("--runs", default=ROOT / "runs/lecture", type=lambda path: Path(path).resolve())
-    p.add_argument("--out", default=ROOT / "results/lecture", type=lambda path: Path(path).resolve())
+    p.add_argument("--runs", default=ROOT / "runs/evidence", type=lambda path: Path(path).resolve())
+    p.add_argument("--out", default=ROOT / "results/evidence", type=lambda path: Path(path).resolve())
     options = p.parse_args()
     for group in options.groups:
         print(f"{group}: {GROUPS[group][0]}", flush=True)
