@@ -6,6 +6,7 @@ uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a compari
 uv run train_fastai.py --help                every setting
 """
 
+import dataclasses
 import functools
 import signal
 import sys
@@ -62,7 +63,8 @@ def train(config, tested=None):
     with ranks.joined(computer.device):
         with ranks.first_alone():  # the first process decodes the images, the others find them
             dls = data.get_dls(config, computer.device)
-        config, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, computer.precision, start))
+        chosen, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, computer.precision, start))
+        config = dataclasses.replace(config, **chosen)
         asked, config = config, averaging.resolved(config, dls)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])

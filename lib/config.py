@@ -41,10 +41,8 @@ RESOLVED = ("threads", "precision", "size", "batch_size", "keep")  # a resumed r
 MOST_VARIANTS, MOST_NAME = 1000, 120  # in a comparison; characters of its folder
 
 # The defaults of the settings that say None below. A source of images has its own, and so have other settings' values.
-COMMON = dict(
-    schedule="plateau", epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25, cycle_length=0.2,
-    ema=0.0, threshold=1e-4, target=0.0,
-)  # fmt: skip
+COMMON = dict(schedule="plateau", epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25,
+              cycle_length=0.2, ema=0.0, threshold=1e-4, target=0.0)  # fmt: skip
 SOURCES = {  # the loss of averaged weights creeps on
     "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04, "target": 0.88},
     "digits": {"epochs": 20, "model": "small", "flip": False},
@@ -53,7 +51,6 @@ IMPLIED = {  # setting: what its value makes the defaults of settings below it
     "data": lambda source: SOURCES.get(source, {}),
     "minutes": lambda some: {"schedule": "one_cycle", "epochs": "auto", "model": "auto"} if some else {},
     "schedule": {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}.get,
-    "epochs": lambda epochs: {"patience_epochs": 1 if epochs == "auto" else max(epochs // 10, 1)},
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
     "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 0.2}}.get,
     "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
@@ -70,9 +67,7 @@ def option(default, help, *flags, low=None, high=None, alone=None):
 class Config:
     """Every setting of a run. Names are those of the command line; `args.yaml` holds exactly these."""
 
-    data: str = option(
-        "cifar10", "cifar10, digits, a folder of images, or an archive (.zip .tar .tar.gz .tar.xz .tar.bz2) of one"
-    )
+    data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive of one (.zip, .tar.gz …)")
     minutes: float = option(0.0, "choose network and epochs of a run that ends in so many minutes; 0: no", low=0)
     schedule: Literal[*SCHEDULES] = option(None, "what drives the learning rate (plateau; one_cycle with --minutes)")
     bad_images: Literal["fail", "skip"] = option("fail", "unreadable images: fail names the first, skip lists them all")
@@ -100,10 +95,10 @@ class Config:
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
     keep: Literal["auto", *KEEP] = option(
-        "auto", f"what chooses the epoch to keep; auto: valid_acc, or valid_loss with under {FEW_VALID} valid images"
+        "auto", "which epoch is kept; auto: valid_acc, or valid_loss if valid is small"
     )
     stop_after: int = option(0, "stop after so many epochs without a better --monitor; 0: never", low=0)
-    patience_epochs: int = option(None, "bad epochs that plateau forgives (a tenth of the epochs, 1 or more)", low=0)
+    patience_epochs: int | Auto = option("auto", "bad epochs that plateau forgives; auto: a tenth of all", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "lowest learning rate of plateau", low=0)
     threshold: float = option(None, "change that counts as better (1e-4; cifar10 0.04 with valid_loss, ema)", low=0)
@@ -157,22 +152,27 @@ class Config:
             object.__setattr__(self, field.name, value)
             if field.name in IMPLIED:
                 defaults |= IMPLIED[field.name](value) or {}
-        if self.perturb_on_plateau and not self.grad_noise:
-            raise BadInput("--perturb-on-plateau: needs --grad-noise, such as 0.01")
-        if not self.data:
-            raise BadInput(f"--data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one")
-        if bool(self.minutes) != (self.epochs == "auto") or (self.model == "auto" and not self.minutes):
-            raise BadInput("--minutes: chooses the epochs (and the model, if not given); pass it or --epochs, not both")
-        if self.mixup and self.cutmix:
-            raise BadInput("--mixup, --cutmix: pass one of them, not both")
-        if self.folds == 1 or self.fold > self.folds:
-            raise BadInput("--folds: must be 2 or more, and --fold one of them")
-        if self.freeze_epochs and not self.pretrained:
-            raise BadInput("--freeze-epochs: needs --pretrained; fresh weights are not worth keeping")
-        if self.pretrained and self.model == "auto" or self.pretrained == "torchvision" and self.model in MODELS:
-            raise BadInput(f"--pretrained: {self.model!r} has none; pass --model resnet18 or timm/NAME, or FILE")
-        if self.name and (os.path.basename(self.name) != self.name or self.name.startswith(".")):
-            raise BadInput(f"--name: must be the name of a folder, not a path or hidden, not {self.name!r}")
+        if self.patience_epochs == "auto" != self.epochs:
+            object.__setattr__(self, "patience_epochs", max(self.epochs // 10, 1))
+        of_library, epochs = self.pretrained == "torchvision", self.epochs
+        fixed = f"--epochs {epochs} (or say --epochs auto)" if epochs != "auto" else "--compile" if self.compile else ""
+        not_a_folder = os.path.basename(self.name) != self.name or self.name.startswith(".")
+        for wrong, text in (
+            (self.perturb_on_plateau and not self.grad_noise, "perturb-on-plateau: needs --grad-noise, such as 0.01"),
+            (not self.data, f"data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one"),
+            (epochs == "auto" and not self.minutes, "epochs: auto needs --minutes"),
+            (self.model == "auto" and not self.minutes, "model: auto needs --minutes"),
+            (self.minutes and fixed, f"minutes: chooses the epochs by the speed of plain steps; leave out {fixed}"),
+            (self.model == "auto" and self.pretrained, "pretrained: needs --model where --minutes chooses"),
+            (self.mixup and self.cutmix, "mixup, --cutmix: pass one of them, not both"),
+            (self.folds == 1 or self.fold > self.folds, "folds: must be 2 or more, and --fold one of them"),
+            (self.freeze_epochs and not self.pretrained, "freeze-epochs: needs --pretrained; nothing else is frozen"),
+            (of_library and self.model in MODELS,
+             f"pretrained: {self.model!r} has none; pass --model resnet18 or timm/NAME, or FILE"),
+            (not_a_folder, f"name: must be the name of a folder, not a path or hidden, not {self.name!r}"),
+        ):  # fmt: skip
+            if wrong:
+                raise BadInput(f"--{text}")
 
     @property
     def seed(self):
@@ -232,8 +232,8 @@ def check_one(field, value):
 
 def parser():
     """The command line of `train_fastai.py`."""
-    about = "Train an image classifier: range test, SGD under a schedule, curves, explained mistakes."
-    p = Parser(prog="train_fastai.py", description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p = Parser(prog="train_fastai.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.description = "Train an image classifier: range test, SGD under a schedule, curves, explained mistakes."
     for name, field in FIELDS.items():
         kind, words = kind_and_words(field.type)
         flags, text, default = [flag_of(name), *field.metadata["flags"]], field.metadata["help"], field.default
@@ -296,7 +296,7 @@ def resumed(flags):
         raise BadInput(f"--resume {run}: is no run folder, or its env.json is damaged ({one_line(e)})") from None
     became = {name: env[name] for name in RESOLVED if name in env}
     before = Config(**read_args(run / "args.yaml") | became | {"dry_run": False, "lr_find_only": False, "open": False})
-    config = dataclasses.replace(before, **flags)
+    config = dataclasses.replace(before, **{"minutes": 0.0} | flags)
     for name in FIELDS:
         value, kept = getattr(config, name), getattr(before, name)
         moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # the same file elsewhere

@@ -35,7 +35,7 @@ PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for m
 BATCH = 400_000  # bytes of train_batch.png, before base64
 MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
 ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
-ELSEWHERE = ("classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
+ELSEWHERE = ("choices", "classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 # what a reader of damaged files meets

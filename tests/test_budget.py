@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import time
@@ -18,9 +19,10 @@ def planned(monkeypatch, get):
 
     def planned(fits, *options):
         monkeypatch.setattr(budget, "learned", lambda: TABLE)
-        monkeypatch.setattr(budget, "fitting", lambda config, learn, start: fits[learn.model.stem[0].out_channels])
+        monkeypatch.setattr(budget, "measure", lambda config, dls, precision, name: (270 / fits[name], 0))
         config = parse(["--data", "digits", "--minutes", "5", *options])
-        return budget.choose(config, get(config), "float32", 0.0)
+        chosen, choices = budget.choose(config, get(config), "float32", time.perf_counter())
+        return dataclasses.replace(config, **chosen), choices
 
     return planned
 
@@ -39,18 +41,39 @@ def test_what_is_promised_lies_between_the_points_and_not_above_the_last():
 
 
 def test_the_network_that_promises_most_is_chosen(planned, capsys):
-    few = {12: 3.9, 24: 0.7}  # channels of the first convolution: small has 12, medium and large have 24
-    config, choices = planned(few)
+    config, choices = planned(dict(small=3.9, medium=0.7, large=0.2))
     assert (config.model, config.epochs, config.schedule, config.minutes) == ("small", 3, "one_cycle", 0)
     assert choices == {"minutes": 5, "choices": {"small": (3, pytest.approx(0.69, abs=0.01))}}
-    config, choices = planned({12: 40, 24: 25.5}, "--schedule", "plateau")
+    fits = dict(small=40.9, medium=25.9, large=9.9)
+    config, choices = planned(fits, "--schedule", "plateau")
     assert (config.model, config.epochs, config.patience_epochs, config.schedule) == ("medium", 25, 2, "plateau")
-    assert list(choices["choices"]) == list(MODELS) and choices["choices"]["large"] == (25, None)
-    assert "5 min: medium, 25 epochs (0.90)" in capsys.readouterr().out
-    config, _ = planned({12: 40, 24: 25.5}, "--model", "large")
-    assert (config.model, config.epochs) == ("large", 25)
-    with pytest.raises(BadInput, match="--minutes 5: not one epoch of small fits"):
-        planned({12: 0.9})
+    assert list(choices["choices"]) == list(MODELS) and choices["choices"]["large"] == (9, None)
+    told = "chosen for 5 min: medium, 25 epochs (0.90); not chosen: small, 40 epochs (0.70), or large, 9 epochs; in"
+    assert told in capsys.readouterr().out
+    config, _ = planned(fits, "--model", "large", "--schedule", "plateau", "--patience-epochs", "1")
+    assert (config.model, config.epochs, config.patience_epochs) == ("large", 9, 1)
+    assert planned(fits, "--patience-epochs", "0")[0].patience_epochs == 0  # what was typed stays
+    with pytest.raises(BadInput, match="--minutes 5: not one epoch fits; pass --minutes 6"):
+        planned(dict(small=0.9, medium=0.1, large=0.1))
+
+
+@pytest.mark.parametrize(
+    "options, rest",
+    [
+        ([], 100 * 2 + 2 * 30 + 15),
+        (["--lr", "0.1"], 2 * 30 + 15),
+        (["--lr-find-on", "valid"], 100 * (2 + 30 / 502 * 500) + 2 * 30 + 15),
+    ],
+)
+def test_all_that_a_run_does_is_counted(get, monkeypatch, options, rest):
+    steps = []
+    monkeypatch.setattr(budget.timing, "step_seconds", lambda learn, n: steps.append(n) or 2.0)
+    monkeypatch.setattr(budget.timing, "evaluation_seconds", lambda learn: 30.0)
+    config = parse(["--data", "digits", "--minutes", "5", "-b", "64", *options])
+    dls = get(config)
+    assert (len(dls.valid.ids) + len(dls.test.ids), dls.valid.bs, len(dls.train.ids)) == (502, 500, 1295)
+    epoch, rest_found = budget.measure(config, dls, "float32", "small")
+    assert (epoch, rest_found) == pytest.approx((21 * 2 + 30, rest)) and steps == [budget.STEPS]
 
 
 def test_the_table_is_there_for_each_network_of_ours():
@@ -68,16 +91,25 @@ def test_a_damaged_table_is_one_line(monkeypatch, tmp_path, text):
 @pytest.mark.parametrize(
     "options, text",
     [
-        (["--epochs", "3"], "--minutes: chooses the epochs"),
+        (["--epochs", "3"], "--minutes: chooses the epochs by the speed of plain steps; leave out --epochs 3"),
+        (["--smoke"], "leave out --epochs 2 (or say --epochs auto)"),
+        (["--compile"], "leave out --compile"),
+        (["--model", "alexnet"], "--model: does not take images of 32 pixels"),
+        (["--model", "medium", "-b", "1", "--size", "16"], "--batch-size"),
         (["--seeds", "0", "1"], "--minutes: is for one run"),
-        (["--pretrained"], "--pretrained: 'auto' has none; pass --model"),
+        (["--pretrained"], "--pretrained: needs --model where --minutes chooses"),
         (["--minutes", "-1"], "--minutes: must be a number of at least 0"),
     ],
 )
 def test_what_minutes_cannot_do_is_one_line(options, text, capsys):
     assert main(["--data", "digits", "--minutes", "5", *options]) == 2
     assert text in capsys.readouterr().err
-    assert main(["--data", "digits", "--epochs", "auto"]) == 2
+
+
+@pytest.mark.parametrize("name", ["epochs", "model"])
+def test_auto_is_for_minutes_alone(name, capsys):
+    assert main(["--data", "digits", f"--{name}", "auto"]) == 2
+    assert f"--{name}: auto needs --minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes", [0.2, pytest.param(1, marks=pytest.mark.slow)])

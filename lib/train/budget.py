@@ -12,9 +12,11 @@ from lib.cli import BadInput, duration, one_line, read_json
 from lib.config import MODELS
 from lib.train import timing
 from lib.train.learner import build
+from lib.train.lecture import batch_sizes
 
 TABLE = Path(__file__).parents[2] / "results/networks.json"  # written by tests.benchmarks.networks
 KEPT_FREE = 0.1  # share of the time that no plan uses: other programs may come
+STEPS = 10  # that are timed of each network; the first two are not counted
 FIGURES = 15  # seconds of the figures and explanations at the end
 
 
@@ -32,41 +34,48 @@ def promised(points, images):
     return float(np.interp(math.log(images), np.log([1.0, *seen]), [0.0, *accuracy]))
 
 
-def fitting(config, learn, start):
-    """How many epochs fit into `config.minutes` that began at `start`, as time.perf_counter has it.
+def measure(config, dls, precision, name):
+    """(seconds of an epoch, of all else that the run will do) of the network `name`.
 
-    Beside them there are the range test, and the last evaluation in float32, with mirror images.
+    All else is the range test, and evaluations in float32 at the end: twice those of valid and test, for their mirror
+    images too, and those of images without classes.
     """
-    step, evaluation = timing.step_seconds(learn), timing.evaluation_seconds(learn)
-    test = config.lr_iters * step if config.lr == "find" else 0
-    left = 60 * config.minutes * (1 - KEPT_FREE) - (time.perf_counter() - start) - test - 4 * evaluation - FIGURES
-    return left / timing.epoch_seconds(learn, step)
+    model = models.build(name, len(dls.vocab), config.pretrained, dls.train.plain()[0])
+    models.cam_layer(model, dls.store.size)
+    one = dataclasses.replace(config, model=name, epochs=1, minutes=0.0)
+    models.check_batches(model, one, batch_sizes(one), len(dls.train.ids), dls.store.size, 1)
+    learn = build(one, dls, model, precision)
+    step, evaluation = timing.step_seconds(learn, STEPS), timing.evaluation_seconds(learn)
+    image = evaluation / (len(dls.valid.ids) + len(dls.test.ids))
+    test = step + image * dls.valid.bs * (config.lr_find_on == "valid")
+    end = 2 if precision == "float32" else 4  # times the evaluation after an epoch
+    rest = config.lr_iters * test * (config.lr == "find") + end * (evaluation + image * len(dls.unlabelled)) + FIGURES
+    return timing.epoch_seconds(learn, step, evaluation), rest
 
 
 def choose(config, dls, precision, start):
-    """(`config` with the network and the epochs that promise most, all choices for env.json); prints the choice.
+    """(settings of the network and the epochs that promise most, all choices for env.json); prints the choice.
 
-    Without `--minutes` nothing is chosen. A network that is not in the table is promised nothing: it must be named.
-    Raises BadInput if not even one epoch fits.
+    The time began at `start`, as time.perf_counter has it. Without `--minutes` nothing is chosen. A network that is not
+    in the table is promised nothing: it must be named. Raises BadInput if not even one epoch fits.
     """
     if not config.minutes:
-        return config, {}
-    table, images, found = learned(), dls.train.plain()[0], {}
-    for name in MODELS if config.model == "auto" else [config.model]:
-        one = dataclasses.replace(config, model=name, epochs=1, minutes=0.0)
-        learn = build(one, dls, models.build(name, len(dls.vocab), config.pretrained, images), precision)
-        epochs = fitting(config, learn, start)
-        if epochs < 1:
-            break
-        known = name in table
-        found[name] = int(epochs), promised(table[name], int(epochs) * len(dls.train.ids)) if known else None
+        return {}, {}
+    table, found = learned(), {}
+    names = MODELS if config.model == "auto" else [config.model]
+    seconds = {name: measure(config, dls, precision, name) for name in names}
+    left = 60 * config.minutes * (1 - KEPT_FREE) - (time.perf_counter() - start)
+    for name, (epoch, rest) in seconds.items():
+        if left - rest >= epoch:
+            n = int((left - rest) / epoch)
+            found[name] = n, promised(table[name], n * len(dls.train.ids)) if name in table else None
     if not found:
-        raise BadInput(f"--minutes {config.minutes:g}: not one epoch of {name} fits; pass more minutes")
+        needed = min(epoch + rest for epoch, rest in seconds.values()) + 60 * config.minutes - left
+        raise BadInput(f"--minutes {config.minutes:g}: not one epoch fits; pass --minutes {math.ceil(needed / 60)}")
     best = max(found, key=lambda name: found[name][1] or 0)
     plans = [f"{name}, {n} epochs" + ("" if acc is None else f" ({acc:.2f})") for name, (n, acc) in found.items()]
-    chosen = plans.pop(list(found).index(best))
+    line = f"chosen for {duration(60 * config.minutes)}: {plans.pop(list(found).index(best))}"
+    line += "".join(f"; not chosen: {', or '.join(plans)}" for _ in plans[:1])
     which = "; in brackets: valid accuracy after as many images of CIFAR-10" * (best in table)
-    print("; else ".join([f"{duration(60 * config.minutes)}: {chosen}", *plans]) + which, flush=True)
-    resolved = dict(model=best, epochs=found[best][0], minutes=0.0)
-    resolved["patience_epochs"] = max(found[best][0] // 10, config.patience_epochs)
-    return dataclasses.replace(config, **resolved), {"minutes": config.minutes, "choices": found}
+    print(line + which, flush=True)
+    return dict(model=best, epochs=found[best][0], minutes=0.0), {"minutes": config.minutes, "choices": found}

@@ -15,9 +15,9 @@ PIXELS = 2**19  # of the images whose evaluation is timed
 LONG = 1800  # seconds from which a faster network is named
 
 
-def step_seconds(learn):
+def step_seconds(learn, steps=STEPS):
     """Median seconds of a real update, on a copy of the model; leaves no trace in `learn`."""
-    return lr_range.run(learn, np.full(STEPS, 1e-9), stop_div=False).step_seconds
+    return lr_range.run(learn, np.full(steps, 1e-9), stop_div=False).step_seconds
 
 
 def evaluation_seconds(learn):
@@ -30,9 +30,10 @@ def evaluation_seconds(learn):
     return (time.perf_counter() - start) * images / len(batch[0])
 
 
-def epoch_seconds(learn, step):
+def epoch_seconds(learn, step, evaluation=None):
     """Seconds of an epoch whose updates take `step` seconds each: those of training, and of valid and test after it."""
-    return step * -(-len(learn.dls.train) // learn.accumulate) + evaluation_seconds(learn)
+    updates = -(-len(learn.dls.train) // learn.accumulate)
+    return step * updates + (evaluation_seconds(learn) if evaluation is None else evaluation)
 
 
 def expectation(learn, config, precision, step=None):
