@@ -9,12 +9,13 @@ and runs 10 epochs with seed 0; the accuracy on valid chooses. The tables and fi
 """
 
 import argparse
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -72,15 +73,20 @@ GROUPS = {
         ["plateau", "nesterov", "rmsprop", "adagrad", "adam"],
     ),
 }
-BEST = ", best rate"
+TUNED_GROUPS = ("momentum", "optimizers")
 
 
 def run(options, name, words, epochs, seed):
-    """Trains a variant with one seed, if that is not done yet. Returns the folder of its numbers, None if it failed."""
+    """Trains a variant with one seed, if that is not done yet. Returns the folder of its numbers; None if it diverged.
+
+    Whatever else goes wrong ends the command, which goes on from there when it is called again.
+    """
     slug = re.sub("[ ,]+", "-", name)
     folder, numbers = options.runs / f"{slug}-s{seed}", options.out / "runs" / f"{slug}-s{seed}"
+    if (numbers / "diverged").exists():
+        return None
     if (numbers / "summary.json").exists():
-        return numbers
+        return check(options, numbers, epochs)
     given = ["--epochs", epochs, "--seeds", seed, "--out", options.runs, "--name", folder.name]
     given = ["--resume", folder] if (folder / "weights/last.pt").exists() else [*given, *COMMON, *words]
     if given[0] != "--resume":
@@ -91,13 +97,23 @@ def run(options, name, words, epochs, seed):
         command = [sys.executable, "train_fastai.py", *map(str, given), *where]
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
     print(f"{folder.name}: exit status {status}", flush=True)
-    if status:  # 3: it diverged
-        return None
+    if status == 3:
+        return write(numbers / "diverged", "")
+    if status:
+        os._exit(status)  # of all threads: none may start another run
     numbers.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, numbers / file)
     return publishable(options, numbers)
+
+
+def check(options, numbers, epochs):
+    """`numbers`, a finished run's. Ends the command if that run had other epochs or other images."""
+    settings = yaml.safe_load((numbers / "args.yaml").read_text())
+    if settings["epochs"] != epochs or settings["data"] != (options.data or "cifar10"):
+        raise SystemExit(f"{numbers}: has {settings['epochs']} epochs of {settings['data']}; pass another --out")
+    return numbers
 
 
 def publishable(options, numbers):
@@ -120,8 +136,8 @@ def score(options, name, words, rate):
 def best_rate(options, name, words):
     """The rate with the best valid accuracy, of a grid about the range test's rate that grows where its end is best."""
     first = run(options, name, words, options.epochs, options.seeds[0])
-    found = read_json(first / "summary.json")["lr"]
-    k = min(range(1, len(RATES) - 1), key=lambda i: abs(RATES[i] / found - 1))
+    found = read_json(first / "summary.json")["lr"] if first else 0.01
+    k = min(range(1, len(RATES) - 1), key=lambda i: abs(math.log(RATES[i] / found)))
     tried = {i: score(options, name, words, RATES[i]) for i in (k - 1, k, k + 1)}
     while (best := max(tried, key=tried.get)) in (min(tried), max(tried)) and 0 < best < len(RATES) - 1:
         new = best - 1 if best == min(tried) else best + 1
@@ -129,16 +145,15 @@ def best_rate(options, name, words):
     return RATES[best]
 
 
-def jobs(options, group):
-    """(name, words, seed) of each run of a group, seed by seed."""
-    names = GROUPS[group][1]
-    variants = {name: VARIANTS[name] for name in names}
-    if group in ("momentum", "optimizers"):
-        tuned = {name: VARIANTS[name] for name in names}
-        with ThreadPoolExecutor(options.jobs) as pool:
-            rates = list(pool.map(lambda pair: best_rate(options, *pair), tuned.items()))
-        variants |= {name + BEST: [*tuned[name], "--lr", f"{rate:g}"] for name, rate in zip(tuned, rates)}
-    return [(name, words, seed) for seed in options.seeds for name, words in variants.items()]
+def tables(options, group):
+    """{table: {variant: words}} of a group. Best rates, where the question is about them, have a table of their own."""
+    variants = {name: VARIANTS[name] for name in GROUPS[group][1]}
+    if not group.startswith(TUNED_GROUPS):
+        return {group: variants}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rates = list(pool.map(lambda pair: best_rate(options, *pair), variants.items()))
+    best = {f"{name} at {rate:g}": [*variants[name], "--lr", f"{rate:g}"] for name, rate in zip(variants, rates)}
+    return {group: variants, f"{group}-best-rates": best}
 
 
 def gap_and_state(runs):
@@ -154,13 +169,13 @@ def gap_and_state(runs):
     return drawing
 
 
-def report(options, group, finished):
-    """The tables and figures of a group from {variant: [folder of a finished run, …]}."""
-    out = options.out / group
+def report(options, table, question, finished):
+    """The table and the figures of {variant: [folder of a finished run, …]}."""
+    out = options.out / table
     out.mkdir(parents=True, exist_ok=True)
     compare.report([folder for folders in finished.values() for folder in folders], out)
-    write(out / "question.md", GROUPS[group][0] + "\n")
-    if group == "optimizers":
+    write(out / "question.md", question + "\n")
+    if table.startswith("optimizers"):
         runs = {name: [compare.load(folder) for folder in folders] for name, folders in finished.items()}
         write_figure(out / "gap.png", gap_and_state(runs))
 
@@ -178,14 +193,16 @@ def main():
     p.add_argument("--out", default=ROOT / "results/evidence", type=lambda path: Path(path).resolve())
     options = p.parse_args()
     for group in options.groups:
-        print(f"{group}: {GROUPS[group][0]}", flush=True)
-        todo = jobs(options, group)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            done = list(pool.map(partial(lambda job: run(options, *job[:2], options.epochs, job[2])), todo))
-        finished = {}
-        for (name, _, _), numbers in zip(todo, done):
-            finished.setdefault(name, []).extend([numbers] * (numbers is not None))
-        report(options, group, finished)
+        question = GROUPS[group][0]
+        print(f"{group}: {question}", flush=True)
+        for table, variants in tables(options, group).items():
+            todo = [(name, words, seed) for seed in options.seeds for name, words in variants.items()]
+            with ThreadPoolExecutor(options.jobs) as pool:
+                done = list(pool.map(lambda job: run(options, *job[:2], options.epochs, job[2]), todo))
+            finished = {}
+            for (name, _, _), numbers in zip(todo, done):
+                finished.setdefault(name, []).extend([numbers] * (numbers is not None))
+            report(options, table, question, finished)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ uv run python -m tests.benchmarks.networks [--only NAME …] [--epochs 2 4 8 16]
 
 First the speed of every candidate is measured, in turn, on one batch that stays in memory. Then train_fastai.py trains
 each for each number of epochs under one cycle. What counts is the accuracy on valid, never that on test. Finished runs
-are kept in the file, and not run again. `--add` takes over the numbers of finished runs of one cycle.
+are kept in the file, and not run again. `--add` takes over the numbers of finished runs, also of plateau.
 """
 
 import argparse
@@ -24,9 +24,8 @@ from lib import compare, machine
 from lib.config import parse
 from lib.models import networks, zoo
 from lib.train import learner
+from lib.train.budget import TABLE
 from tests.benchmarks import common
-
-ROOT = Path(__file__).parents[2]
 
 
 class Separable(networks.SmallResNet):
@@ -124,12 +123,12 @@ def train(name, epochs, seed, options):
 def add(rows, folder, name=None):
     """Adds the accuracy of a finished run to the row of its network."""
     run = compare.load(folder)
+    if not run or run["args"]["schedule"] not in ("one_cycle", "plateau"):
+        raise SystemExit(f"{folder}: is no finished run of one_cycle or plateau")
     args, env = run["args"], run["env"]
-    if args["schedule"] != "one_cycle":
-        raise SystemExit(f"{folder}: is no run of one_cycle")
     row = rows.setdefault(name or args["model"], {})
     facts = dict(valid_acc=run["summary"]["valid_acc"], images=len(run["rows"]) * env["images"]["train"])
-    facts |= {key: env[key] for key in ("commit", "precision")}
+    facts |= {"schedule": args["schedule"], **{key: env[key] for key in ("commit", "precision")}}
     row.setdefault("runs", {})[f"{len(run['rows'])} epochs, seed {args['seeds'][0]}"] = facts
 
 
@@ -148,13 +147,15 @@ def main():
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--threads", default="auto")
     p.add_argument("--precision", default="auto")
-    p.add_argument("--add", nargs="*", default=[], help="folders of finished runs of one_cycle on CIFAR-10")
+    p.add_argument("--add", nargs="*", default=[], help="folders of finished runs on CIFAR-10")
     p.add_argument("--no-speeds", action="store_true", help="leave the measured speeds as they are")
     p.add_argument("--data", help="images other than CIFAR-10")
     p.add_argument("--cache", help="train_fastai.py's --cache")
     p.add_argument("--runs", default=tempfile.gettempdir() + "/networks", help="folder of the runs")
-    p.add_argument("--out", default=ROOT / "results/networks.json", type=Path)
+    p.add_argument("--out", default=TABLE, type=Path)
     options = p.parse_args()
+    if options.data and options.out == TABLE:
+        p.error("--data: --minutes reads CIFAR-10's numbers in results/networks.json; pass another --out")
     rows = {}
     with suppress(FileNotFoundError):
         rows = json.loads(options.out.read_text())["rows"]

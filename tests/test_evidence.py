@@ -1,0 +1,68 @@
+"""The command behind the lecture's evidence, on numbers that are made up. test_docs.py runs it on images."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from tests.benchmarks import evidence
+
+
+@pytest.fixture
+def options(tmp_path):
+    names = dict(epochs=30, grid_epochs=10, seeds=["0"], jobs=1, data=None)
+    return SimpleNamespace(out=tmp_path, runs=tmp_path / "runs", **names)
+
+
+def finished(folder, **summary):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.yaml").write_text(yaml.safe_dump({"epochs": 30, "data": "cifar10"}))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "best, found, tried",
+    [
+        (0.1, 0.12, {0.03, 0.1, 0.3}),
+        (0.3, 0.12, {0.03, 0.1, 0.3, 1.0}),  # the grid grows where its end is best
+        (0.003, 0.12, {0.001, 0.003, 0.01, 0.03, 0.1, 0.3}),
+        (0.01, None, {0.003, 0.01, 0.03}),  # the run at the range test's rate diverged
+    ],
+)
+def test_the_grid_goes_on_until_its_best_rate_is_inside(options, monkeypatch, best, found, tried):
+    rates = []
+
+    def run(options, name, words, epochs, seed):
+        if "--lr" not in words:
+            return found and finished(options.out / "first", lr=found)
+        rate = float(words[words.index("--lr") + 1])
+        rates.append(rate)
+        if rate > 0.9:
+            return None  # it diverged
+        apart = abs(evidence.RATES.index(rate) - evidence.RATES.index(best))
+        return finished(options.out / f"{rate}", valid_acc=0.9 - apart / 10)
+
+    monkeypatch.setattr(evidence, "run", run)
+    assert evidence.best_rate(options, "adam", ["--optimizer", "adam"]) == best
+    assert set(rates) == tried and len(rates) == len(tried)
+
+
+def test_best_rates_are_compared_with_each_other(options, monkeypatch):
+    monkeypatch.setattr(evidence, "best_rate", lambda options, name, words: 0.03)
+    plain, best = evidence.tables(options, "optimizers").items()
+    assert plain[0] == "optimizers" and best[0] == "optimizers-best-rates"
+    assert list(best[1]) == [f"{name} at 0.03" for name in plain[1]]
+    assert best[1]["adam at 0.03"] == ["--optimizer", "adam", "--lr", "0.03"]
+    assert list(evidence.tables(options, "noise")) == ["noise"]
+
+
+def test_what_is_finished_is_not_run_again_and_must_be_the_same(options):
+    folder = finished(options.out / "runs/warm-up-s0")
+    assert evidence.run(options, "warm-up", [], 30, "0") == folder
+    with pytest.raises(SystemExit, match="has 30 epochs of cifar10; pass another --out"):
+        evidence.run(options, "warm-up", [], 10, "0")
+    (options.out / "runs/noise-s0").mkdir()
+    (options.out / "runs/noise-s0/diverged").write_text("")
+    assert evidence.run(options, "noise", [], 30, "0") is None
