@@ -45,8 +45,8 @@ GROUPS = {  # heading: (settings, notes)
     "Network": (
         "model pretrained freeze_epochs",
         """
-        - `--model` takes our networks (`small`, `medium`, `large`), the classifiers of torchvision (`resnet18`,
-          `vit_b_16`, …) and those of timm (`timm/convnext_atto`, with `uv run --extra timm …`).
+        - `--model` takes our networks (`small`, `light`, `medium`, `large`), the classifiers of torchvision
+          (`resnet18`, `vit_b_16`, …) and those of timm (`timm/convnext_atto`, with `uv run --extra timm …`).
         - In the networks of torchvision and timm, GradCAM reads the last layer that has a map of at least 4 x 4. In a
           ViT or a Swin transformer that is a norm layer.
         - The first convolution of our networks is not trained. It whitens the 2 x 2 patches of the training images.

@@ -15,7 +15,7 @@ from lib.cli import BadInput, Parser, brief, guess, is_text, one_line, read_json
 
 Auto = Literal["auto"]
 AUGMENTS = ("standard", "photo", "none")
-MODELS = ("small", "medium", "large")
+MODELS = ("small", "light", "medium", "large")
 AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads for training, which are left out here
 OPTIMIZERS = ("sgd", "nesterov", "rmsprop", "adagrad", "adam")
 MOMENTUM = ("sgd", "nesterov", "adam")  # optimizers that have one

@@ -20,6 +20,7 @@ MOST = 65536  # of each number in a model.json
 # name -> constructor(n_classes, **args), args
 MODELS = {
     "small": (SmallResNet, dict(stem=12, widths=(16, 32, 64))),
+    "light": (SmallResNet, dict(stem=24, widths=(32, 96, 256), squeeze=False)),
     "medium": (SmallResNet, dict(stem=24, widths=(64, 128, 256), depths=(1, 2, 1), squeeze=False)),
     "large": (SmallResNet, dict(stem=24, widths=(64, 256, 256), depths=(2, 2, 1), squeeze=False)),
 }

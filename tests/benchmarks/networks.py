@@ -58,7 +58,6 @@ def ours(*widths, stem=24, depths=(1, 1, 1), kind=networks.SmallResNet):
 CANDIDATES = {
     **zoo.MODELS,
     "24,64,128": ours(24, 64, 128),
-    "32,96,256": ours(32, 96, 256),
     "32,128,256": ours(32, 128, 256),
     "64,128,256": ours(64, 128, 256),
     "64,128,256 strided": ours(64, 128, 256, kind=Strided),
@@ -128,7 +127,8 @@ def add(rows, folder, name=None):
     args, env = run["args"], run["env"]
     row = rows.setdefault(name or args["model"], {})
     facts = dict(valid_acc=run["summary"]["valid_acc"], images=len(run["rows"]) * env["images"]["train"])
-    facts |= {"schedule": args["schedule"], **{key: env[key] for key in ("commit", "precision")}}
+    facts |= {key: args[key] for key in ("schedule", "optimizer", "weight_decay", "cutout", "crop_padding")}
+    facts |= {key: env[key] for key in ("commit", "precision")}
     row.setdefault("runs", {})[f"{len(run['rows'])} epochs, seed {args['seeds'][0]}"] = facts
 
 
