@@ -59,7 +59,7 @@ def figure(runs):
     ax.set_xticks(lengths, list(map(str, lengths)))
     ax.minorticks_off()
     ax.legend()
-    ax.set_title("The schedule that a number of epochs wants: a dot a run, lines through the means")
+    ax.set_title("Which schedule, for how many epochs? A dot for each run, lines through the means")
     return drawing
 
 
