@@ -144,9 +144,15 @@ def settings(args, env):
         ["learning rate", f"{env['lr']:.4g} ({source}), {args['schedule']}" if "lr" in env else args["schedule"]],
         ["optimizer", f"{args['optimizer']}, momentum {args['momentum']:g}, weight decay {args['weight_decay']:g}"],
         ["batches, epochs", f"{env.get('batch_size', args['batch_size'])} images, {args['epochs']} epochs"],
+        *([["chosen for", f"{env['minutes']:g} minutes: {choices(env)}"]] if "choices" in env else []),
         ["seed", " ".join(map(str, args["seeds"]))],
         ["computed on", f"{env['device']}{device}, {env['precision']}, {env['threads']} threads"],
     ]
+
+
+def choices(env):
+    """What `--minutes` chose among, as text."""
+    return ", or ".join(f"{name} for {epochs} epochs" for name, (epochs, _) in env["choices"].items())
 
 
 def mistakes(folder):

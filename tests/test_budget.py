@@ -124,5 +124,7 @@ def test_a_run_ends_in_time_and_its_settings_repeat_it(bands, tmp_path, monkeypa
     env = json.loads((tmp_path / "x/env.json").read_text())
     assert env["minutes"] == minutes and env["choices"]["small"][0] == told
     assert len((tmp_path / "x/results.csv").read_text().splitlines()) == told + 1
+    page = (tmp_path / "x/report.html").read_text()
+    assert f'["chosen for", "{minutes:g} minutes: small for {told} epochs"]' in page
     assert main(["-c", str(tmp_path / "x/args.yaml"), "--name", "y", "--dry-run"]) == 0
     assert f"one_cycle, {told} epochs" in capsys.readouterr().out
