@@ -10,7 +10,7 @@ import numpy as np
 from lib import models
 from lib.cli import BadInput, duration, one_line, read_json
 from lib.config import MODELS
-from lib.train import timing
+from lib.train import ranks, timing
 from lib.train.learner import build
 from lib.train.lecture import batch_sizes
 
@@ -43,7 +43,7 @@ def measure(config, dls, precision, name):
     model = models.build(name, len(dls.vocab), config.pretrained, dls.train.plain()[0])
     models.cam_layer(model, dls.store.size)
     one = dataclasses.replace(config, model=name, epochs=1, minutes=0.0)
-    models.check_batches(model, one, batch_sizes(one), len(dls.train.ids), dls.store.size, 1)
+    models.check_batches(model, one, batch_sizes(one), len(dls.train.ids), dls.store.size, ranks.world())
     learn = build(one, dls, model, precision)
     step, evaluation = timing.step_seconds(learn, STEPS), timing.evaluation_seconds(learn)
     image = evaluation / (len(dls.valid.ids) + len(dls.test.ids))
@@ -61,21 +61,23 @@ def choose(config, dls, precision, start):
     """
     if not config.minutes:
         return {}, {}
-    table, found = learned(), {}
-    names = MODELS if config.model == "auto" else [config.model]
-    seconds = {name: measure(config, dls, precision, name) for name in names}
-    left = 60 * config.minutes * (1 - KEPT_FREE) - (time.perf_counter() - start)
+    table, seconds, found = learned(), {}, {}
+    usable = 60 * config.minutes * (1 - KEPT_FREE)
+    for name in MODELS if config.model == "auto" else [config.model]:
+        seconds[name] = measure(config, dls, precision, name)
+        if sum(seconds[name]) > usable - (time.perf_counter() - start):
+            break  # the next are slower
+    gone = time.perf_counter() - start
     for name, (epoch, rest) in seconds.items():
-        if left - rest >= epoch:
-            n = int((left - rest) / epoch)
+        if (n := int((usable - gone - rest) / epoch)) > 0:
             found[name] = n, promised(table[name], n * len(dls.train.ids)) if name in table else None
     if not found:
-        needed = min(epoch + rest for epoch, rest in seconds.values()) + 60 * config.minutes - left
-        raise BadInput(f"--minutes {config.minutes:g}: not one epoch fits; pass --minutes {math.ceil(needed / 60)}")
+        needed = math.ceil((gone + min(map(sum, seconds.values()))) / (1 - KEPT_FREE) / 60)
+        raise BadInput(f"--minutes {config.minutes:g}: not one epoch fits; pass --minutes {needed}")
     best = max(found, key=lambda name: found[name][1] or 0)
     plans = [f"{name}, {n} epochs" + ("" if acc is None else f" ({acc:.2f})") for name, (n, acc) in found.items()]
-    line = f"chosen for {duration(60 * config.minutes)}: {plans.pop(list(found).index(best))}"
-    line += "".join(f"; not chosen: {', or '.join(plans)}" for _ in plans[:1])
-    which = "; in brackets: valid accuracy after as many images of CIFAR-10" * (best in table)
-    print(line + which, flush=True)
+    chosen = plans.pop(list(found).index(best))
+    others = f"; not chosen: {', or '.join(plans)}" if plans else ""
+    which = "; in brackets: valid accuracy after as many images of CIFAR-10" if best in table else ""
+    print(f"chosen for {duration(60 * config.minutes)}: {chosen}{others}{which}", flush=True)
     return dict(model=best, epochs=found[best][0], minutes=0.0), {"minutes": config.minutes, "choices": found}
