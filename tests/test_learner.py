@@ -248,7 +248,8 @@ def test_images_and_weights_are_channels_last(make):
 def test_freed_memory_is_kept_and_not_cleared_anew():
     """The same 64 MiB, taken and freed eight times, cost page faults each time; kept, none at all.
 
-    The first few may still: the allocator's small leftovers beside a freed block can hold it apart from the others.
+    The first may still. An aligned block leaves small pieces beside it, and glibc puts the first seven of a size aside
+    (its tcache): while they lie there, they hold the freed blocks apart from each other.
     """
     script = """if 1:
     import resource, torch
@@ -260,12 +261,13 @@ def test_freed_memory_is_kept_and_not_cleared_anew():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     print(faults(8))
     machine.keep_memory()
-    print(faults(32), faults(8))
+    faults(32)
+    print(faults(8))
     """
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    given_back, first, kept = map(int, out.split())
+    given_back, kept = map(int, out.split())
     pages = 2**26 // 4096  # of one tensor; of huge pages, which the system gives where it can, there are fewer
-    assert first < 2 * pages and kept < pages / 50 and kept < given_back / 2
+    assert kept < pages / 50 and kept < given_back / 2
 
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
