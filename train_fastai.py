@@ -8,6 +8,7 @@ uv run train_fastai.py --help                every setting
 
 import dataclasses
 import functools
+import gc
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ def main(argv=None):
         print("interrupted; --resume and the run folder go on from its last checkpoint", file=sys.stderr)
         return 130
     finally:
+        gc.enable()
         sys.stdout, sys.stderr = streams
 
 
@@ -52,10 +54,13 @@ def train(config, tested=None):
     `tested` is a run folder whose range test would be the same: it is taken over.
     """
     start = time.perf_counter()
+    gc.disable()  # there is no garbage before training, and to look for some takes a fifth of the start
     from lib import data, machine, models, runs
     from lib import train as training
     from lib.train import averaging, budget, checkpoint, lecture, ranks, timing
 
+    if not gc.get_freeze_count():
+        gc.freeze()  # what the imports made is never looked through
     models.check(config.model, config.pretrained)
     runs.check_out(config)
     runs.check_log(config.log)
@@ -72,6 +77,7 @@ def train(config, tested=None):
         sizes = lecture.batch_sizes(config)
         models.check_batches(model, config, sizes, len(dls.train.ids), dls.store.size, ranks.world())
         learn = training.build(config, dls, model, computer.precision)
+        gc.enable()
         facts = runs.facts(config, dls, model, computer) | choices
         if config.dry_run:
             ranks.on_first(runs.show)(asked, config, facts)

@@ -1,6 +1,7 @@
 """The whole line, as a user runs it."""
 
 import csv
+import gc
 import json
 import math
 import os
@@ -19,10 +20,11 @@ import torch
 import yaml
 from PIL import Image
 
-from lib import runs
+from lib import data, runs
 from lib.cli import BadInput
 from lib.config import Config
 from lib.data import folders
+from lib.explain import evaluate
 from lib.train.averaging import resolved
 from tests.conftest import SMALL, save
 from train_fastai import main
@@ -249,6 +251,16 @@ def test_lr_find_only_and_dry_run(tmp_path, bands, cache, capsys):
     (run,) = tmp_path.iterdir()
     assert (run / "lr_find.png").exists() and not (run / "results.csv").exists()
     assert "passes over the training images" in capsys.readouterr().out
+
+
+def test_no_garbage_is_looked_for_before_training_and_some_is_from_then_on(tmp_path, bands, cache, monkeypatch):
+    argv = [*map(str, ["--data", bands, *SMALL, "--out", tmp_path, "--cache", cache, "--lr-find-only"])]
+    looks, get_dls, range_test = [], data.get_dls, evaluate.range_test
+    note = lambda function: lambda *args: (looks.append(gc.isenabled()), function(*args))[1]
+    monkeypatch.setattr(data, "get_dls", note(get_dls))
+    monkeypatch.setattr(evaluate, "range_test", note(range_test))
+    assert main([*argv, "--lr", "find"]) == 0 and looks == [False, True]
+    assert main([*argv, "--data", str(tmp_path / "none")]) == 2 and gc.isenabled()
 
 
 def test_a_name_that_is_taken_gets_a_number(tmp_path):
