@@ -45,6 +45,7 @@ def main(argv=None):
         return 130
     finally:
         gc.enable()
+        gc.unfreeze()
         sys.stdout, sys.stderr = streams
 
 
@@ -132,9 +133,10 @@ def fit(learn, config, run, past, lr, start):
     try:
         lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
         learn.add_cbs([best, saved, *lines, *ranks.callbacks()])
+        began = time.perf_counter()
         with saved.signals():
             training.fit(learn, config, lr)
-        ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best, start)
+        ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best, start, began)
         if learn.dls.unlabelled:  # images of the data without classes
             ranks.on_first(predict.to_file)(run.path, learn.dls.unlabelled, learn.dls.device)
         return 0

@@ -136,7 +136,8 @@ def find(arguments, complain=print):
             passed = defaultdict(list)
             inside = images_in(path, passed) + [Path(p) for p in passed[LINKS] if os.path.isfile(p)]
             for p in sorted(passed[UNREAD] + passed[OTHERS]):
-                if (mimetypes.guess_type(p)[0] or "").startswith("image/"):
+                known = p in passed[UNREAD] or os.path.splitext(p)[1].lower() in Image.registered_extensions()
+                if known or (mimetypes.guess_type(p)[0] or "").startswith("image/"):  # not every system has its list
                     complain(f"{p}: is passed over; read are {' '.join(EXTENSIONS)}{HOW * (p in passed[UNREAD])}")
             if not inside:
                 raise BadInput(f"{path}: no images ({' '.join(EXTENSIONS)})")

@@ -118,13 +118,15 @@ def final_headline(s, images, rows):
     reached = f"epoch {s['epochs_to_target']}", f"after {duration(s['seconds_to_target'] or 0)}"
     if not s["epochs_to_target"]:
         reached = "not reached", f"the most was {max(rows['test_acc']):.4f}"
+    speed = f"{s['images_per_second']:,.0f} images/s, evaluation included"
+    speed += f"; the whole run took {duration(s['total_seconds'])}" if "total_seconds" in s else ""
     chosen = f"of {len(rows['epoch'])}, best by {s['chosen_on']} {s.get('chosen_by', 'accuracy')}"
     chosen += f"; {s['chosen_on']} accuracy {s['valid_acc']:.4f}"
     return [
         ["test accuracy", f"{s['test_acc']:.4f}", right],
         ["weights kept", f"epoch {s['best_epoch']}", chosen],
         *([[f"test accuracy of {s['target']:g}", *reached]] if s["target"] else []),
-        ["training", duration(s["train_seconds"]), f"{s['images_per_second']:,.0f} images/s, evaluation included"],
+        ["training", duration(s["train_seconds"]), speed],
     ]
 
 

@@ -242,7 +242,8 @@ def test_links_out_of_the_root_and_loops_are_passed_over_and_said(photos, capsys
     os.mkfifo(photos / "b" / "pipe.png")
     found = folders.scan(photos)
     assert len(found) == 16 and {c for _, c in found} == {"a", "b"}
-    assert "links and devices are passed over, 5 in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "links and devices are passed over, 5 in all" in out and f"cp -rL {photos} COPY makes files of links" in out
 
 
 def test_a_name_in_two_unicode_forms_is_one_class(photos, capsys):

@@ -1,5 +1,6 @@
 """README.md, docs/ and results/: their commands parse, their links lead somewhere, their numbers are in files."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -285,6 +286,21 @@ TOLD = [path for path in PAGES if path.parent in (ROOT, ROOT / "docs")]
 TOLD_LINES = sorted({line for path in TOLD for line in uv_lines(path)})
 
 
+def pipeline_of_the_docs():
+    """The Python of own-images.md that writes a pipeline."""
+    text = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "A.save" in block)
+    return code
+
+
+def test_the_pipeline_in_the_docs_is_one_that_a_run_takes(tmp_path, monkeypatch):
+    from lib.data.augment import from_file
+
+    monkeypatch.chdir(tmp_path)
+    exec(pipeline_of_the_docs())
+    assert len(from_file(tmp_path / "mine.yaml", 64)) == 3
+
+
 def left_out(line):
     return re.sub(r"^(--with \S+ )+", "", line).startswith(tuple(NOT_RUN))
 
@@ -319,6 +335,8 @@ def here(tmp_path_factory):
             for i in range(n):
                 save(here / name / f"class {k}" / f"{i:02}.png", picture(rng, k))
     save(here / "photo.jpg", picture(rng, 0))
+    with contextlib.chdir(here):
+        exec(pipeline_of_the_docs())  # writes mine.yaml
     for name, schedule in (("a", "plateau"), ("b", "one_cycle")):
         options = ["--data", str(here / "photos"), "--schedule", schedule, "--out", str(here / "runs"), "--name", name]
         assert main([*options, *TOY_RUN, "--model", "small", "--lr", "0.05"]) == 0

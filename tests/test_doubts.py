@@ -64,6 +64,23 @@ def test_copies_in_two_classes_come_before_those_in_one(parse, folder):
     assert {rows[1]["file"], rows[1]["detail"]} == {"test: test/b/02.png", "test: test/b/twice.png"}
 
 
+def test_copies_of_pale_images_are_found_though_pale_images_are_alike(parse, tmp_path):
+    """Noise about one tint, as in the copies of issue reports: a thumbnail has little of it left."""
+    rng, root = np.random.default_rng(4), tmp_path / "pale"
+    for where, n in (("train", 12), ("test", 4)):
+        for name, tint in (("a", 90), ("b", 160)):
+            (root / where / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.normal(tint, 40, (48, 48, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / where / name / f"{i:02}.png")
+    assert looked(parse, root) == []
+    for i in range(4):
+        shutil.copy(root / f"train/a/{i:02}.png", root / f"test/a/{i:02}.png")
+    rows = looked(parse, root)
+    assert [row["doubt"] for row in rows] == [doubts.ACROSS] * 4
+    assert [row["file"] for row in rows] == [f"test: test/a/{i:02}.png" for i in range(4)]
+
+
 def test_small_classes_plain_drawn_and_huge_images_are_named(parse, folder):
     rng = np.random.default_rng(5)
     for path in sorted((folder / "train/b").iterdir())[7:]:

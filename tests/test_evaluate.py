@@ -71,7 +71,7 @@ def test_the_report_handles_any_number_of_mistakes(make, tmp_path, monkeypatch, 
     shown = []
     draw = plots.gradcam
     monkeypatch.setattr(plots, "gradcam", lambda *args: shown.append(len(args[0])) or draw(*args))
-    evaluate.report(learn, config, run, learn.recorder.rows, best, 0.0)
+    evaluate.report(learn, config, run, learn.recorder.rows, best, 0.0, 0.0)
     rows = list(csv.DictReader(open(run / "mistakes.csv")))
     assert len(rows) == wrong and shown == ([min(10, wrong)] if wrong else [])
     assert (run / "gradcam.png").exists() == bool(wrong)
@@ -122,7 +122,7 @@ def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, fli
     best = averaging.KeepBest()
     learn.fit(1, 0.02, cbs=best)
     run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.02, params=1)
-    evaluate.report(learn, config, run, learn.recorder.rows, best, 0.0)
+    evaluate.report(learn, config, run, learn.recorder.rows, best, 0.0, 0.0)
     summary, told = json.loads((run / "summary.json").read_text()), capsys.readouterr().out
     for name in ("valid", "test"):
         dl, found = getattr(learn.dls, name), summary[f"tta_{name}_acc"]
@@ -167,7 +167,8 @@ def test_figures_say_what_they_show():
     figure = plots.results(rows_of(10), "a run", 0.88, 3, rates=rates)
     top, middle, bottom, right = figure.axes
     assert top.get_xlim() == (0.5, 10.5) and 1 in top.get_xticks()
-    assert len(plots.results(rows_of(10), "a run").axes) == 3  # a momentum that stays has no axis
+    plain = plots.results(rows_of(10), "a run").axes
+    assert len(plain) == 3 and plain[2].lines[-1].get_xdata()[-1] == 10.5  # a momentum that stays has no axis
     figure.canvas.draw()
     for ax in (top, middle):  # no legend lies on its curves
         assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
@@ -183,6 +184,8 @@ def test_figures_say_what_they_show():
     cuts = [line.get_xdata()[0] for line in bottom.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"]
     assert cuts == [5.5] and bottom.get_yscale() == "log" and "momentum" in right.get_ylabel()
     assert "test chose" in plots.results(rows_of(4), "a run", 0.88, 3, "test").axes[0].get_title()
+    by_loss = plots.results(rows_of(4), "a run", 0.88, 3, chosen_by="loss").axes[0].get_legend()
+    assert "kept: epoch 3, best valid loss" in [text.get_text() for text in by_loss.get_texts()]
     legend = plots.results(rows_of(4), "a run", averaged=True).axes[1].get_legend()
     labels = [t.get_text() for t in legend.get_texts()]
     assert labels == ["train (augmented batches)", "valid, averaged weights", "test, averaged weights"]

@@ -122,8 +122,11 @@ def test_train_without_classes_is_no_class(tmp_path):
 
 def test_what_is_passed_over_beside_train_is_said(tmp_path, capsys):
     root = tree(tmp_path, {"train": CLASSES, "holdout": FEW, "annotations": FEW, "pred": FEW})
+    for name in ("models", "lost+found"):
+        (root / name).mkdir()
     folders.find_images(root, 0.1, 0)
-    assert "annotations/, holdout/, pred/ beside train/: passed over" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "annotations/, holdout/, pred/, lost+found/, models/ beside train/: passed over" in out
 
 
 def test_the_first_lines_name_the_classes(tmp_path, capsys):
@@ -135,7 +138,7 @@ def test_the_first_lines_name_the_classes(tmp_path, capsys):
 LEFT = ("lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "__MACOSX", "__pycache__")
 
 
-@pytest.mark.parametrize("name", [*LEFT, "models", "checkpoints", "lightning_logs", "wandb"])
+@pytest.mark.parametrize("name", [*LEFT, "LOST.DIR", "models", "weights", "outputs", "lightning_logs", "wandb"])
 def test_what_systems_and_programs_leave_is_passed_over_and_said(name, tmp_path, capsys):
     root = tree(tmp_path, {"": CLASSES})
     (root / name).mkdir()

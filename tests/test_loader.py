@@ -244,9 +244,7 @@ def test_an_empty_loader_carries_no_images(dls):
     assert (empty.test_dl([path], num_workers=0).one_batch()[0] == dls.valid.one_batch()[0][:1]).all()
 
 
-@pytest.mark.parametrize(
-    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
-)
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cached", [False, True])
 def test_workers_may_start_in_any_way(method, cached, folder, parse, tmp_path):
     cache = tmp_path if cached else ""

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import mimetypes
 import os
 import pty
 import re
@@ -199,6 +200,7 @@ def test_each_good_image_has_a_row_and_each_other_a_line(trained, tmp_path, caps
     (tmp_path / "in/7.psd").write_bytes(b"")
     (tmp_path / "in/notes.txt").write_text("")
     (tmp_path / "in/link.png").symlink_to(tmp_path / "in/0.png")
+    monkeypatch.setattr(mimetypes, "guess_type", lambda path: (None, None))  # as on a system without a list of them
     for batch in (500, 1):
         monkeypatch.setattr(predict, "batch_size", lambda size, batch=batch: batch)
         status, rows, err = table([trained[0], tmp_path / "in", "--explain", tmp_path / "why"], capsys)

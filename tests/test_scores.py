@@ -86,7 +86,9 @@ def test_a_run_writes_them_and_says_so_where_classes_are_uneven(photos, tmp_path
     assert main(["--data", str(photos), *options, "--keep", "valid_loss", "--out", str(tmp_path), "--name", "x"]) == 0
     out, summary = capsys.readouterr().out, json.loads((tmp_path / "x/summary.json").read_text())
     assert f"classes are uneven: balanced accuracy {summary['balanced_acc']:.4f}" in out
-    assert "target" not in out and summary["total_seconds"] > summary["train_seconds"]
+    parts = [summary[f"{part}_seconds"] for part in ("start", "train", "end")]
+    assert "target" not in out and sum(parts) == pytest.approx(summary["total_seconds"], abs=0.5) and min(parts) > 0
+    assert f"{parts[0]:.0f} s before training" in out and f"{parts[2]:.0f} s after it" in out
     assert "the best by valid loss" in out and summary["chosen_by"] == "loss"
     with open(tmp_path / "x/classes.csv") as f:
         rows = list(csv.DictReader(f))

@@ -16,6 +16,7 @@ FEW = 10  # training images of a class; the word of the table says so too
 BITS, LEVELS = 3, 6  # of 64 bits of the hash, and of 255 mean levels of a thumbnail: near copies differ by no more
 PLAIN = 6  # standard deviation, in levels of 255, below which an image is nearly of one colour; below twice it, a sky
 DRAWN = 0.5  # share of one exact colour, where half of the images have no more than a tenth of it: drawn, not a photo
+SAME, SOLID = 0.01, 1  # mean levels of thumbnails up to which they are equal; deviation of an image of one colour
 FAR = 4  # times as large or small as the median image
 MANY = 10_000  # images above which files are not opened again to look at sizes and colours
 REACH = 300  # neighbours in a band of the hash that are compared
@@ -82,9 +83,10 @@ def pairs(hashes, thumbnails):
     """Pairs of rows that are near copies: (k, 2).
 
     Of hashes that differ in at most 3 bits one quarter at least is equal: rows are compared with those next to them in
-    the order of each quarter.
+    the order of each quarter. Skies are alike, and no copies: of images with little in them only equal ones are.
     """
-    found, bare = set(), deviations(thumbnails) < 2 * PLAIN  # skies are alike, and no copies
+    deviation, found = deviations(thumbnails), set()
+    most = np.where(deviation < 2 * PLAIN, np.where(deviation < SOLID, -1, SAME), LEVELS)
     for band in hashes.view(np.uint16).reshape(-1, 4).T:
         order = np.argsort(band, kind="stable")
         for shift in range(1, min(REACH, len(order))):
@@ -94,7 +96,7 @@ def pairs(hashes, thumbnails):
             a, b = order[:-shift][same], order[shift:][same]
             close = np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS
             a, b = a[close], b[close]
-            close = (np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= LEVELS) & ~bare[a]
+            close = np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= most[a]
             found |= set(zip(np.minimum(a, b)[close].tolist(), np.maximum(a, b)[close].tolist()))
     return sorted(found)
 

@@ -25,10 +25,13 @@ FILLERS = {"set", "data", "dataset", "images", "imgs", "seg", "split"}
 TEST_PCT = 0.2  # of the images, if the data has no test set
 SYSTEM = (  # names of files and folders that systems leave anywhere, in lower case
     "lost+found", "$recycle.bin", "recycler", "recycled", "#recycle", "@recycle", "@eadir", "#snapshot", "found.000",
-    "system volume information", "__macosx", "__pycache__", "thumbs.db", "desktop.ini",
+    "system volume information", "__macosx", "__pycache__", "thumbs.db", "desktop.ini", "lost.dir",
+    "network trash folder", "temporary items",
 )  # fmt: skip
 # names of folders that programs leave; a folder that holds images is not such a folder
-PROGRAMS = ("models", "checkpoints", "runs", "logs", "lightning_logs", "mlruns", "wandb")
+PROGRAMS = (
+    "models", "checkpoints", "weights", "runs", "outputs", "logs", "lightning_logs", "tb_logs", "mlruns", "wandb",
+)  # fmt: skip
 LEFT, LINKS = "files and folders that systems and programs leave", "links and devices"
 OTHERS, UNREAD = "files not named as images, or in no class folder,", "HEIC files, which take uv run --extra heif …,"
 
@@ -140,12 +143,13 @@ def scan(folder, without=frozenset()):
         if names.setdefault(label, sub.name) != sub.name:
             notes.append(f"{sub}: is the class {label!r} in other code points; the two folders are taken as one class")
         images += [(path, label) for path in files]
+    remedy = f"cp -rL {folder} COPY makes files of links"
     for what, paths in passed.items():
         if paths:
-            notes.append(f"{folder}: {what} are passed over, {len(paths):,} in all, such as {min(map(str, paths))}")
+            note = f"{folder}: {what} are passed over, {len(paths):,} in all, such as {min(map(str, paths))}"
+            notes.append(f"{note}; {remedy}" if what == LINKS else note)
     for note in notes if not without else ():
         print(printable(note), flush=True)
-    remedy = f"cp -rL {folder} COPY makes files of links"
     if empty:
         kinds = f"{' that can be read' if without else ''} ({' '.join(EXTENSIONS)}; links do not count, {remedy})"
         more = f" and {len(empty) - 1:,} more folders ({brief(p.name for p in empty[1:])})" if empty[1:] else ""
@@ -173,7 +177,9 @@ def find_sets(root, tell=False):
     for kind in ("train", "valid", "test"):
         for folder in found[kind]:
             if folder.is_symlink():
-                raise BadInput(f"{folder}: is a link, and links are not followed; put the folder itself there")
+                raise BadInput(
+                    f"{folder}: is a link, and links are not followed; cp -rL {root} COPY makes folders of links"
+                )
             if kind in sets:
                 raise BadInput(f"{root}: has both {found[kind][0].name}/ and {folder.name}/; keep one")
             sets[kind] = unwrapped(folder)
@@ -181,6 +187,7 @@ def find_sets(root, tell=False):
     if {*found["test"]} & {*new}:
         del sets["test"]
     other = [p.name + "/" for p in [*found[""], *found["new"]] if p not in new]
+    other += sorted(p.name + "/" for p in root.iterdir() if p.is_dir() and left_over(p)) if tell else []
     if tell and other:
         names = ", ".join(p.name + "/" for kind in sets for p in found[kind])
         print(printable(f"{root}: {brief(other)} beside {names}: passed over"), flush=True)

@@ -195,7 +195,7 @@ def save_results(learn, config, run, rows, best_epoch, title):
     rates = np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
     plateaus, averaged = config.schedule in ("plateau", "grow_batch"), config.ema > 0
     options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged)
-    shown = (config.target, best_epoch, run.env["chosen_on"], rates)
+    shown = (config.target, best_epoch, run.env["chosen_on"], CHOSEN_BY[config.keep], rates)
     write_figure(run / "results.png", plots.results(rows, title, *shown, **options))
 
 
@@ -221,12 +221,12 @@ def save_mistakes(learn, config, run, test, images_of_test):
     return n
 
 
-def report(learn, config, run, rows, best, start):
+def report(learn, config, run, rows, best, start, began):
     """Summary, confusion, mistakes and figures of the kept weights (`best`: a KeepBest), evaluated once in float32.
 
-    `start` is when the run began, as `time.perf_counter` has it.
+    `start` and `began` are when the run and its training began, as `time.perf_counter` has it.
     """
-    load = learn.share_cores.other_load  # of the fit: the looks below begin anew
+    trained, load = time.perf_counter(), learn.share_cores.other_load  # of the fit: the looks below begin anew
     learn.model.load_state_dict(best.state)
     loaders, tta = (learn.dls.valid, learn.dls.test), [None, None]
     valid, test = outcomes = [outcome(learn, dl) for dl in loaders]
@@ -241,7 +241,9 @@ def report(learn, config, run, rows, best, start):
     write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
     explained = save_mistakes(learn, config, run, test, images_of_test)
-    summary |= {"other_load": load, "total_seconds": time.perf_counter() - start}
+    end = time.perf_counter()
+    seconds = {"start_seconds": began - start, "end_seconds": end - trained, "total_seconds": end - start}
+    summary |= {"other_load": load, **seconds}
     write_json(run / "summary.json", summary)  # last: it says that all is there
     images = np.bincount(test[0])
     uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)
@@ -275,6 +277,7 @@ def closing(s, explained, path, uneven, few=""):
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
         f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{few}{balanced}"
         f"{target}{s['epochs']} epochs in {duration(s['train_seconds'])}, {s['images_per_second']:.0f} images/s; "
-        f"{duration(s['total_seconds'])} in all, with reading, range test and explanations\n"
+        f"{duration(s['total_seconds'])} in all: {duration(s['start_seconds'])} before training (reading, range test), "
+        f"{duration(s['end_seconds'])} after it (evaluation, explanations)\n"
         f"{mistakes}; open {path / 'report.html'}"
     )

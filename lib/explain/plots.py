@@ -49,6 +49,7 @@ def results(
     target=None,  # accuracy drawn as a line
     best_epoch=None,  # epoch whose weights were kept
     chosen_on="valid",  # the set that chose them
+    chosen_by="accuracy",  # and by what
     rates=None,  # (steps, 3) place in epochs, learning rate and momentum of each step; None: an epoch's first step
     plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
     label_smoothing=0.0,  # that the training loss has and the others have not
@@ -68,7 +69,7 @@ def results(
     if target:
         top.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
     if best_epoch:
-        label = f"kept: epoch {best_epoch}, best {chosen_on} accuracy"
+        label = f"kept: epoch {best_epoch}, best {chosen_on} {chosen_by}"
         top.plot(best_epoch, rows[best_epoch - 1]["test_acc"], "o", color=VERMILION, mec="black", ms=8, label=label)
     beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0))  # no legend lies on a curve
     middle.legend(**beside)  # the legend above names the lines that come now
@@ -79,7 +80,8 @@ def results(
     top.set(ylabel="accuracy")
     middle.set(ylabel="loss (cross-entropy)", ylim=(0, None))
     if rates is None:
-        rates = np.array([[row["epoch"] - 0.5, row["lr"], row.get("momentum", 0.0)] for row in rows])
+        ends = [(-0.5, row) for row in rows] + [(0.5, rows[-1])]
+        rates = np.array([[row["epoch"] + place, row["lr"], row.get("momentum", 0.0)] for place, row in ends])
     draw_rates(bottom, rates)
     top.legend(**beside)
     top.set_xlim(0.5, rows[-1]["epoch"] + 0.5)
