@@ -191,6 +191,9 @@ def test_the_speeds_without_avx512_are_those_of_the_files():
     assert f"Convolutions take {convolutions:.2f} of a step." in text
     reached = [round(step["operations per second"][what] / 1e9) for what in ("a step", "a matrix product")]
     assert "A step computes {} GFLOP/s. A product of two large matrices reaches {}.".format(*reached) in text
+    seconds = json.loads((ROOT / "results/speed-avx2-again.json").read_text())["seconds"]
+    cold, warm = seconds["first step, cold cache"], seconds["first step, warm cache"]
+    assert f"to the first step it takes {warm:.1f} s if `--cache` holds the decoded images, and {cold:.1f} s o" in text
     ways = step["images_per_second"]
     shares = [ways[name] / ways["as a run has it"] for name in ("channels first", "batches of 512", "torch.compile")]
     told = "channels first {:.2f}, batches of 512 images {:.2f}, `torch.compile` {:.2f} after {:.0f} s of compiling"
