@@ -87,7 +87,7 @@ def test_a_run_writes_them_and_says_so_where_classes_are_uneven(photos, tmp_path
     out, summary = capsys.readouterr().out, json.loads((tmp_path / "x/summary.json").read_text())
     assert f"classes are uneven: balanced accuracy {summary['balanced_acc']:.4f}" in out
     parts = [summary[f"{part}_seconds"] for part in ("start", "train", "end")]
-    assert "target" not in out and sum(parts) == pytest.approx(summary["total_seconds"], abs=0.5) and min(parts) > 0
+    assert "target" not in out and 0 < min(parts) < sum(parts) <= summary["total_seconds"]
     assert f"{parts[0]:.0f} s before training" in out and f"{parts[2]:.0f} s after it" in out
     assert "the best by valid loss" in out and summary["chosen_by"] == "loss"
     with open(tmp_path / "x/classes.csv") as f:
