@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch_lr_finder import LRFinder
 
 from lib.cli import BadInput
 from lib.models import networks
-from lib.train import lr_range, schedules
+from lib.train import lr_range, progress, schedules
 from lib.train.optimizers import undecayed
 from tests.conftest import fingerprint, state_of
 from train_fastai import main
@@ -183,3 +185,23 @@ def test_a_loss_that_is_not_a_number_ends_the_test(make):
     _, learn = make()
     test = lr_range.run(learn, np.geomspace(1e-3, 1e30, 40))
     assert len(test.losses) < 40 and len(test.lrs) == len(test.losses)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_it_says_how_far_it_is(make, capsys, monkeypatch, terminal):
+    _, learn = make()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    lines = progress.RangeTestLines(30, pause=0)
+    with lines.tqdm:
+        test = lr_range.find(learn, num_it=30, on_update=lines.after_update)
+    out, err = capsys.readouterr()
+    expected = [f"range test: {k} of 30 batches, loss {loss:.4f}" for k, loss in enumerate(test.losses, 1)]
+    assert out.splitlines() == ([] if terminal else expected)
+    assert ("range test:" in err and "/30" in err) is terminal
+
+
+def test_its_lines_are_not_many(capsys):
+    lines = progress.RangeTestLines(30, bar=False, pause=3600)
+    for k in range(30):
+        lines.after_update(k, 2.0)
+    assert capsys.readouterr() == ("", "")

@@ -22,6 +22,7 @@ from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
 from lib.runs import write, write_csv, write_figure, write_json, write_table
 from lib.train import lr_range
+from lib.train.progress import RangeTestLines
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 CHOSEN_BY = {"valid_acc": "accuracy", "valid_loss": "loss", "macro_f1": "macro-F1"}
@@ -135,7 +136,10 @@ def range_test(learn, config, run):
     """
     linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
     print(f"range test: up to {config.lr_iters} batches, at growing rates …", flush=True)
-    test = lr_range.find(learn, 1e-5, config.lr_high, config.lr_iters, linear=linear, on_valid=on_valid)
+    lines = RangeTestLines(config.lr_iters, config.progress)
+    options = dict(linear=linear, on_valid=on_valid, on_update=lines.after_update)
+    with lines.tqdm:
+        test = lr_range.find(learn, 1e-5, config.lr_high, config.lr_iters, **options)
     suggestions, curves = test.suggestions, (test.lrs, test.losses, test.smooth_losses)
     write_table(run / "lr_find.csv", ("lr", "loss", "smooth_loss"), zip(*(curve.tolist() for curve in curves)))
     title, loss = f"Learning rate range test: {run.path.name}", "valid loss" if on_valid else "training loss"

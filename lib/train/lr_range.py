@@ -62,8 +62,10 @@ class RangeTestCallback(Callback):
         lrs,  # (n,) or (n, layer groups) rates
         stop_div,  # whether it ends where the loss diverges
         batches,  # of valid, whose loss is looked at after each update; none: that of the training batch
+        on_update,  # called after each update with how many there were, and its loss
     ):
         self.rates, self.stop_div, self.batches, self.curve, self.best = lrs, stop_div, batches, [], math.inf
+        self.on_update = on_update
         self.times = []  # at the end of each update
 
     def before_fit(self):
@@ -85,6 +87,7 @@ class RangeTestCallback(Callback):
         if learn.updates_after(learn.iter):
             self.curve.append(learn.evaluate(self.batches).values[0] if self.batches else np.mean(self.group))
             self.times.append(time.perf_counter())
+            self.on_update(len(self.curve), self.curve[-1])
             self.group, recent = [], np.mean(self.curve[-5:])
             self.best = min(self.best, recent)
             if len(self.curve) == len(self.rates) or (self.stop_div and not recent <= DIVERGED * self.best):
@@ -94,7 +97,7 @@ class RangeTestCallback(Callback):
         raise CancelEpochException
 
 
-def run(learn, lrs, stop_div=True, on_valid=False):
+def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
     """The RangeTest of one mock update a rate, on a copy of the model. It leaves no trace in `learn`.
 
     The first updates, in which memory is found, do not count for the seconds.
@@ -108,7 +111,7 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     sample = [valid.plain(valid.bs) if hasattr(type(valid), "plain") else valid.one_batch()] if on_valid else []
     with preserved_generators():
         try:
-            test = RangeTestCallback(lrs, stop_div, sample)
+            test = RangeTestCallback(lrs, stop_div, sample, on_update)
             twin = learn.twin()
             updates = -(-len(loader) // twin.accumulate)  # an epoch has
             twin.fit(-(-len(lrs) // updates), cbs=test)
@@ -124,17 +127,21 @@ def run(learn, lrs, stop_div=True, on_valid=False):
     return RangeTest(last, np.array(test.curve), twin.epoch + 1, len(lrs), seconds)
 
 
-def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop):
+def find(
+    learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop, on_update=noop
+):
     """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
 
     One update for each of `num_it` rates in geometric progression (or `linear`: in equal steps, as Smith's) from
     `start_lr` to `end_lr`, in the order and with the augmentation of the epochs to come. The loss is that of the batch;
     or, `on_valid`, of a sample of valid after the step, in eval mode. Ends early where it diverges. `look` is called
-    with the RangeTest before BadInput is raised for a curve that never falls.
+    with the RangeTest before BadInput is raised for a curve that never falls; `on_update`, after each update, with how
+    many there were and its loss.
     """
     if num_it < 10:
         raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
-    test = run(learn, (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it), stop_div, on_valid)
+    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
+    test = run(learn, lrs, stop_div, on_valid, on_update)
     look(test)
     check_fall(test)
     return test

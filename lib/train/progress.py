@@ -1,4 +1,4 @@
-"""What is printed while a fit runs: a line an epoch and, on a terminal, a bar over its batches."""
+"""What is printed while a fit or a range test runs: lines and, on a terminal, a bar over its batches."""
 
 import time
 
@@ -57,6 +57,28 @@ class EpochLines(Callback):
             print(f"stopped: {stop.monitor} is no better since epoch {len(rows) - stop.wait}", flush=True)
         if self.on_epoch:
             self.on_epoch(rows)
+
+
+class RangeTestLines:
+    """A bar over the updates of a range test. Where there is none: a line, at most one each `pause` seconds."""
+
+    def __init__(
+        self,
+        most,  # updates of the whole test
+        bar=True,  # whether a bar may be drawn; it is drawn where stderr is a terminal
+        pause=30,
+    ):
+        options = dict(unit="batch", leave=False, mininterval=0.2, disable=None if bar else True)
+        self.tqdm = tqdm(total=most, desc="range test", **options)
+        self.most, self.pause, self.said = most, pause, time.perf_counter()
+
+    def after_update(self, done, loss):
+        """To be called after each update with how many there were, and its loss."""
+        self.tqdm.update()
+        self.tqdm.set_postfix(loss=f"{loss:.3f}")
+        if self.tqdm.disable and time.perf_counter() - self.said >= self.pause:
+            self.said = time.perf_counter()
+            print(f"range test: {done} of {self.most} batches, loss {loss:.4f}", flush=True)
 
 
 def time_left(rows, n_epoch):
