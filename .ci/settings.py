@@ -107,7 +107,8 @@ GROUPS = {  # heading: (settings, notes)
         "out name cache resume checkpoint_seconds cam gallery log open progress lr_find_only dry_run",
         """
         - `--log` needs the package that it names: `uv run --with wandb train_fastai.py --log wandb`. TensorBoard and
-          wandb write into the run folder. MLflow writes where `MLFLOW_TRACKING_URI` says.
+          wandb write into the run folder. MLflow writes where `MLFLOW_TRACKING_URI` says. If the log does not take
+          an epoch, one line says so, and training goes on.
         - `--resume` goes on from the last checkpoint. There is one at the end of each epoch, and one every
           `--checkpoint-seconds` within an epoch. [reliability.md](reliability.md) lists what is promised.
         """,

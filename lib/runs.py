@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 import warnings
 from contextlib import contextmanager, suppress
@@ -142,19 +143,25 @@ def writer(kind, folder):
 
 
 def logger(kind, folder):
-    """A function that logs the last of the rows it is given, an epoch's; for "none" it does nothing."""
+    """A function that logs the last of the rows it is given, an epoch's; for "none" it does nothing.
 
-    def attempt(function, *args):
-        try:
-            return function(*args)
-        except Exception as e:  # each package raises its own
-            remedy = "mend that, or go on with --resume and --log none"
-            raise BadInput(f"--log {kind}: cannot be written ({one_line(e)}); {remedy}") from None
-
+    Raises BadInput where the log cannot be begun. An epoch that it does not take is a warning: training goes on.
+    """
     if kind == "none":
         return lambda rows: None
-    log = attempt(writer, kind, folder)
-    return lambda rows: attempt(log, rows[-1])
+    try:
+        log = writer(kind, folder)
+    except Exception as e:  # each package raises its own
+        remedy = "mend that, or go on with --resume and --log none"
+        raise BadInput(f"--log {kind}: cannot be written ({one_line(e)}); {remedy}") from None
+
+    def attempt(rows):
+        try:
+            log(rows[-1])
+        except Exception as e:
+            print(f"warning: --log {kind}: has no epoch {rows[-1]['epoch']} ({one_line(e)})", file=sys.stderr)
+
+    return attempt
 
 
 def check_out(config, size=1):
