@@ -17,6 +17,7 @@ from lib import report as pages
 from lib.cli import BadInput, Parser, command, one_line, printable, read_json
 from lib.config import AXES, BEHIND_TEST, FIELDS, MACHINE, Config, read_file, resumed
 from lib.machine import launched
+from lib.report import DISTURBED
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = """variant seed fold test_acc last_test_acc last_train_acc valid_acc best_epoch epochs_to_target
@@ -26,7 +27,6 @@ NEEDED = """test_acc last_test_acc valid_acc best_epoch epochs_to_target seconds
     optimizer_state_bytes target""".split()
 FREE = (*MACHINE, "out")  # settings that may change while a comparison goes on
 ASIDE = (*FREE, "seeds", "fold", "name", "gallery", "cam")  # settings in which the runs of one variant may differ
-DISTURBED = 0.25  # if other processes used more cores than this, the seconds of the run are marked
 
 
 def run(configs, train):

@@ -38,6 +38,7 @@ ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only"
 ELSEWHERE = ("choices", "classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
+DISTURBED = 0.25  # if other programs used more cores than this, the seconds of the run are marked
 # what a reader of damaged files meets
 DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, YAMLError
 MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
@@ -249,9 +250,21 @@ def of_comparison(folder):
     for row in rows:
         run = folder / row["folder"]
         row["link"] = quote(f"{row['folder']}/report.html") if (run / "report.html").exists() else None
+        row["disturbed"] = float(row.get("other_load") or 0) > DISTURBED
         variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
     curves = [{"name": name, **{c: band(group, c) for c in CURVES}} for name, group in variants.items()]
-    shown = ("variant", "seed", "test_acc", "valid_acc", "best_epoch", "lr", "train_seconds", "folder", "link")
+    shown = (
+        "variant",
+        "seed",
+        "test_acc",
+        "valid_acc",
+        "best_epoch",
+        "lr",
+        "train_seconds",
+        "disturbed",
+        "folder",
+        "link",
+    )
     return {
         "kind": "comparison", "name": folder.resolve().name, "state": "done", "notes": notes, "curves": curves,
         "table": [line[2:-2].split(" | ") for line in table.split("\n") if not line.startswith("| --- ")],

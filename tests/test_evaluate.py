@@ -223,6 +223,7 @@ def test_a_comparison_ends_at_1_and_has_a_dot_a_seed_and_small_multiples_for_man
         figure = plots.comparison(some, "title", finals={name: [0.99, 1.0] for name in names})
         *panels, dots = figure.axes
         assert len(panels) == (2 if len(names) == 2 else 8)
+        assert panels[0].get_xticks()[0] == 1 and panels[0].get_xlim() == (0.5, 2.5)
         assert panels[0].get_ylim()[1] == 1 and max(panels[0].collections[0].get_paths()[0].vertices[:, 1]) <= 1
         assert [line.get_xdata().tolist() for line in dots.lines if len(line.get_xdata()) == 2] == [[0.99, 1.0]] * len(
             names

@@ -308,6 +308,13 @@ def test_a_comparison_has_its_table_curves_and_links(tmp_path, capsys):
     rates = report.band([{"lr": [0.1, 0.1]}, {"lr": [0.001, 0.0]}], "lr")  # 0 has no place on the axis
     spread = 10 ** np.std([-1, -3], ddof=1)
     assert rates == [pytest.approx([0.01, 0.01 / spread, 0.01 * spread], rel=1e-5), [0.1] * 3]
+    head, *lines = report.read_table(folder / "comparison.csv")
+    loads = [{"plateau-s0": 0.3, "plateau-s1": 0.2}.get(line[head.index("folder")], "") for line in lines]
+    column = head.index("other_load")
+    write_table(
+        folder / "comparison.csv", head, [line[:column] + [x] + line[column + 1 :] for line, x in zip(lines, loads)]
+    )
+    assert [row["folder"] for row in data_of(report.write(folder))["runs"] if row["disturbed"]] == ["plateau-s0"]
     links = {row["folder"]: row["link"] for row in data["runs"]}
     assert links["plateau-s0"] == "plateau-s0/report.html" and links["one_cycle-s1"] is None
 

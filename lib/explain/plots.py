@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
 from scipy import stats
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well
@@ -84,9 +84,14 @@ def results(
         rates = np.array([[row["epoch"] + place, row["lr"], row.get("momentum", 0.0)] for place, row in ends])
     draw_rates(bottom, rates)
     top.legend(**beside)
-    top.set_xlim(0.5, rows[-1]["epoch"] + 0.5)
-    top.set_xticks([1, *(tick for tick in top.get_xticks() if 1.5 < tick <= rows[-1]["epoch"])])
+    from_one(top, rows[-1]["epoch"])
     return figure
+
+
+def from_one(ax, last):
+    """An axis of epochs, from 1 to the `last`."""
+    ax.set_xlim(0.5, last + 0.5)
+    ax.set_xticks([1, *(tick for tick in ax.get_xticks() if 1.5 < tick <= last)])
 
 
 def mark_changes(ax, rows):
@@ -289,6 +294,7 @@ def comparison(
     highest = min(grid[0, 0].get_ylim()[1], 1.0)
     grid[0, 0].set(ylabel="test accuracy", ylim=(None, highest))
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    from_one(grid[0, 0], max(marks[-1] for marks, *_ in found.values()))
     for ax in grid.flat if target and target <= highest else ():
         ax.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
     if not many:
@@ -313,4 +319,5 @@ def draw_finals(figure, finals):
     ax.set_yticks(range(len(finals)), [short(name, 26) for name in finals], parse_math=False)
     ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy at the end:\nseeds, mean, 95% interval")
     ax.set_xlim(None, min(ax.get_xlim()[1], 1.0005))
+    ax.xaxis.set_major_locator(MaxNLocator(4))  # their numbers are long
     tidy(ax)
