@@ -54,7 +54,7 @@ GROUPS = {  # heading: (settings, notes)
         """,
     ),
     "Training": (
-        "epochs seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
+        "epochs minutes seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
         "perturb_on_plateau stop_after keep target",
         """
         - Weight decay is torch's L2 penalty. BatchNorm and biases have none.
