@@ -376,7 +376,6 @@ NO_FILE = {
     "The command above reached 0.9000": "one run of the folder that the page makes; it is not kept",
     "one image is 0.033 of accuracy": "a thirtieth",
     "comes with `--threshold 0.04`": "settings",
-    "It is CIFAR-10's default (0.999)": "settings",
 }
 
 
