@@ -9,6 +9,7 @@ uv run train_fastai.py --help                every setting
 import dataclasses
 import functools
 import gc
+import shlex
 import signal
 import sys
 import time
@@ -41,7 +42,7 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; --resume and the run folder go on from its last checkpoint", file=sys.stderr)
+        print("interrupted; if there is a run folder, --resume goes on with it", file=sys.stderr)
         return 130
     finally:
         gc.enable()
@@ -105,7 +106,7 @@ def begin(learn, config, run, facts, past, tested):
         if skipped := learn.dls.store.skipped:
             runs.write_table(run / "skipped.csv", ("file", "reason"), skipped)
         runs.write(run / "augment.yaml", augment.saved(learn.dls.augment))
-        runs.write_json(run / "weights/model.json", models.card(config.model, learn.dls, config.flip))
+        runs.write_json(run / "weights/model.json", models.card(config.model, learn.dls))
         evaluate.save_train_batch(learn, run)
         lr, step = config.lr, None
         if lr == "find":
@@ -144,7 +145,7 @@ def fit(learn, config, run, past, lr, start):
         complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))
         return 3
     except checkpoint.Interrupted:
-        complain(f"interrupted and saved; go on with: {sys.argv[0]} --resume {run.path}")
+        complain(f"interrupted and saved; go on with: {shlex.join([sys.argv[0], '--resume', str(run.path)])}")
         return 130
     finally:
         ranks.on_first(report.write)(run.path)  # however it ended: the page renews itself no more

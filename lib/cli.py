@@ -145,8 +145,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
             word = flags[0].strip("-").replace("_", "-")
-            ours = [flag for flag, others in ELSEWHERE.items() if word in others.split()]
-            meant = f" (did you mean {ours[0]}?)" if ours else guess(flags[0], self._option_string_actions)
+            here = self._option_string_actions
+            ours = [flag for flag, others in ELSEWHERE.items() if flag in here and word in others.split()]
+            meant = f" (did you mean {ours[0]}?)" if ours else guess(flags[0], here)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return known
 

@@ -77,11 +77,16 @@ def unfinished(config, folder):
         value, made_with = getattr(config, name), getattr(before, name)
         if name not in FREE and value != made_with:
             raise BadInput(f"{folder}: was made with {name} {made_with}, not {value}; pass another --name")
-    if (folder / "summary.json").exists() or config.lr_find_only:
-        print(f"{folder}: is {'there' if config.lr_find_only else 'finished'}", flush=True)
+    if (folder / "summary.json").exists():
+        print(f"{folder}: is finished", flush=True)
         return None
-    here = {name: getattr(config, name) for name in ("cache", "device", "workers", "progress", "dry_run")}
-    return resumed({"resume": str(folder), **here})
+    here = {name: getattr(config, name) for name in MACHINE if name not in ("resume", "lr_find_only", "open")}
+    changed = {name: value for name, value in here.items() if value != getattr(before, name)}
+    goes_on = resumed({"resume": str(folder), **changed})
+    if config.lr_find_only and "lr_suggestions" in read_json(folder / "env.json"):
+        print(f"{folder}: is there", flush=True)
+        return None
+    return dataclasses.replace(goes_on, lr_find_only=config.lr_find_only)
 
 
 def load(folder):
@@ -205,7 +210,7 @@ def table(variants):
         ]
         if folds:
             pooled = on_all_images(runs)
-            cells.insert(1, spread(pooled) if any(pooled) else "")
+            cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
         against, pairs = "", [pair for pair in scores[name] if pair in scores[first]]
         if name != first and pairs:
             mean, half = interval(*([scores[variant][pair] for pair in pairs] for variant in (name, first)))

@@ -218,6 +218,7 @@ def of_run(folder, live):
     elif state == "stopped":
         after_test = not n and "lr_suggestions" in env
         note = "Stopped after the range test." if after_test else f"Not finished: {n} of {args['epochs']} epochs."
+    result = headline(args, env, rows, summary, live)
     commit, exact = env.get("commit") or "", summary and env["precision"] != "float32"
     for name in (name for name in MEASURED if exact and name in summary):
         rows[name][summary["best_epoch"] - 1] = number(summary[name])  # of the kept weights there is one number
@@ -227,7 +228,7 @@ def of_run(folder, live):
     facts["recalls"] = found.pop("recalls", ())
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note,
-        "headline": headline(args, env, rows, summary, live), "settings": settings(args, env),
+        "headline": result, "settings": settings(args, env),
         "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"] or None,
         "exact": exact, "interval": summary and between(summary, env["images"]["test"]),
         "batch": train_batch(folder / "train_batch.png"), "advice": advice(facts),

@@ -1,7 +1,7 @@
 """A local page: a photo that is dropped in gets its classes, and a map of where the network saw the first of them.
 
-It is started by `python -m lib.predict RUN --serve`. The server is Starlette, which comes with fastai; it answers this
-machine alone, under its own name alone, so that no page of another site can talk to it.
+It is started by `python -m lib.predict RUN --serve`. The server is Starlette, which comes with fastai. It answers this
+machine alone, under its own name alone, and takes photos from its own page alone.
 """
 
 import base64
@@ -56,6 +56,8 @@ def app(predict, name):
         return HTMLResponse(TEMPLATE.read_text(encoding="utf-8"))
 
     async def look(request):
+        if request.headers.get("origin", here := f"http://{request.headers['host']}") != here:
+            return JSONResponse({"error": "this is not asked by the page of this server"}, 403)
         content = bytearray()
         async for part in request.stream():
             content += part

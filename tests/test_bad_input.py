@@ -1,6 +1,7 @@
 """Bad input: it ends with status 2, one line on stderr and nothing left behind, or is handled right and said."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -418,6 +419,10 @@ def test_a_batch_that_grows_to_leave_one_image_is_refused_before_training():
     config = Config(data="x", schedule="grow_batch", batch_size=6, factor=0.5, max_batch_size=24, model="resnet18")
     assert lecture.batch_sizes(config) == [6, 12, 24]
     zoo.check_batches(model, config, lecture.batch_sizes(config), 26, 32)
+    with pytest.raises(BadInput, match="pass another, such as 7"):
+        zoo.check_batches(model, dataclasses.replace(config, schedule="plateau"), [6], 25, 32)
+    with pytest.raises(BadInput, match="add images, or pass another --model"):  # three, for two ranks
+        zoo.check_batches(model, config, [6], 3, 32, 2)
     with pytest.raises(BadInput, match="6, 12, 24"):
         zoo.check_batches(model, config, lecture.batch_sizes(config), 25, 32)
     with pytest.raises(ValueError, match="more than 1 value"):  # what torch would have said, an hour later

@@ -76,6 +76,14 @@ def test_all_that_a_run_does_is_counted(get, monkeypatch, options, rest):
     assert (epoch, rest_found) == pytest.approx((21 * 2 + 30, rest)) and steps == [budget.STEPS]
 
 
+def test_batches_of_one_image_are_looked_for_in_batches_of_the_size_that_the_run_has(get, monkeypatch):
+    config, sizes = parse("--data digits --minutes 5 --lr 0.1".split()), []
+    monkeypatch.setattr(budget.models, "check_batches", lambda model, c, *rest: sizes.append((c.batch_size, rest[0])))
+    dls = get(config)
+    budget.measure(config, dls, "float32", "small")
+    assert config.batch_size == "auto" and sizes == [(dls.train.bs, [dls.train.bs])]
+
+
 def test_the_table_is_there_for_each_network_of_ours():
     assert set(budget.learned()) >= set(MODELS)
 

@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 import shutil
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from lib import compare, config, train
 from lib.cli import BadInput
-from lib.train import progress, recorder
+from lib.train import lr_range, progress, recorder
 from tests.conftest import SMALL, fingerprint
 from train_fastai import main
 
@@ -239,9 +240,23 @@ def test_range_tests_alone_are_left_as_they_are_and_training_finds_the_same(band
     assert {p: p.read_bytes() for p in found} == found
 
 
-def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_path, capsys, monkeypatch):
-    from lib.train import lr_range
+def test_a_range_test_that_was_interrupted_is_made_again(bands, tmp_path, capsys, monkeypatch):
+    few = argv(bands, tmp_path, "--seeds", "0", "--lr", "find", "--lr-iters", "40")
 
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(lr_range, "find", interrupt)
+        assert main([*few, "--lr-find-only"]) == 130
+    asked, folder = config.variants([*few, "--checkpoint-seconds", "60"])[0], tmp_path / "both/plateau-s0"
+    goes_on, env = compare.unfinished(asked, folder), json.loads((folder / "env.json").read_text())
+    assert goes_on.checkpoint_seconds == 60 and goes_on.threads == env["threads"]  # what may change, and what was found
+    assert main([*few, "--lr-find-only"]) == 0 and "is there" not in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("lr_find.csv"))) == 2 and not list(tmp_path.rglob("results.csv"))
+
+
+def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_path, capsys, monkeypatch):
     few = ["--seeds", "0", "1", "--epochs", "1", "--lr", "find", "--lr-iters", "40"]
     alone, tests, find = {}, [], lr_range.find
     monkeypatch.setattr(lr_range, "find", lambda *args, **kwargs: tests.append(1) or find(*args, **kwargs))

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 
+import albumentations as A
 import matplotlib.figure
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from lib import runs
 from lib.explain import evaluate, plots
+from lib.models import zoo
 from lib.train import averaging
 from tests.conftest import logits_of, state_of
 
@@ -116,9 +118,16 @@ def test_accuracy_with_mirror_images_is_of_the_mean_of_the_logits(make):
     assert seen == pytest.approx(float(right) / n) != pytest.approx(float(alone) / n)
 
 
-@pytest.mark.parametrize("flips", [[], ["--no-flip"]])
-def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, flips, capsys):
-    config, learn = make("--out", tmp_path, "--gallery", 0, *flips)
+@pytest.mark.parametrize(
+    "options, mirrors",
+    [([], True), (["--no-flip"], False), (["--augment", "none"], False), (["--no-flip", None], True)],
+)
+def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, options, mirrors, capsys):
+    if None in options:
+        A.save(A.Compose([A.OneOf([A.HorizontalFlip(), A.RandomGamma()])]), tmp_path / "own.yaml", "yaml")
+        options = ["--no-flip", "--augment", tmp_path / "own.yaml"]
+    config, learn = make("--out", tmp_path, "--gallery", 0, *options)
+    assert zoo.card("small", learn.dls)["flip"] is mirrors
     best = averaging.KeepBest()
     learn.fit(1, 0.02, cbs=best)
     run = runs.start(config, images={"train": 88}, chosen_on="valid", lr=0.02, params=1)
@@ -126,8 +135,8 @@ def test_mirror_images_are_looked_at_where_training_had_them(make, tmp_path, fli
     summary, told = json.loads((run / "summary.json").read_text()), capsys.readouterr().out
     for name in ("valid", "test"):
         dl, found = getattr(learn.dls, name), summary[f"tta_{name}_acc"]
-        assert found == (None if flips else evaluate.tta_accuracy(learn, dl, evaluate.outcome(learn, dl)))
-    assert ("mirror image (tta)" in told) == (not flips)
+        assert found == (evaluate.tta_accuracy(learn, dl, evaluate.outcome(learn, dl)) if mirrors else None)
+    assert ("mirror image (tta)" in told) == mirrors
 
 
 def rows_of(n, chosen=True):

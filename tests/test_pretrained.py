@@ -86,7 +86,7 @@ def test_every_kind_of_head_and_torchvisions_older_names(name, tmp_path):
 def test_normalisation_is_that_of_the_weights_and_stands_in_the_card(tuned, tmp_path):
     config, learn = tuned()
     assert np.allclose(learn.dls.mean, [0.485, 0.456, 0.406]) and np.allclose(learn.dls.std, [0.229, 0.224, 0.225])
-    card = zoo.card(NET, learn.dls, True)
+    card = zoo.card(NET, learn.dls)
     assert card["mean"] == [0.485, 0.456, 0.406]
     for name, mean in (("efficientnet_v2_l", 0.5), ("googlenet", 0.5), ("vit_b_16", 0.485)):
         assert loader.pretrained_stats(config_of(name))[0][0] == mean

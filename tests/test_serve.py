@@ -64,6 +64,14 @@ def test_it_answers_under_no_other_name(predictor):
     assert client.get("/about").status_code == 400
 
 
+def test_it_takes_no_photo_from_another_page(predictor):
+    client = TestClient(serve.app(predictor, "x"), base_url="http://localhost:8000")
+    for origin in ("http://evil.example", "http://localhost:9000", "null"):
+        reply = client.post("/predict", content=b"", headers={"origin": origin})
+        assert reply.status_code == 403 and "not asked by the page" in reply.json()["error"]
+    assert client.post("/predict", content=b"", headers={"origin": "http://localhost:8000"}).status_code == 400
+
+
 def test_the_command_wants_images_or_a_port_that_is_free(run, capsys, monkeypatch):
     assert predict.main([str(run)]) == 2 and "or --serve alone" in capsys.readouterr().err
     assert predict.main([str(run), "--serve", "99999"]) == 2 and "pass another port" in capsys.readouterr().err

@@ -122,6 +122,8 @@ def test_a_network_that_timm_has_not_or_timm_itself_missing_is_one_line(monkeypa
     pytest.importorskip("timm")
     with pytest.raises(BadInput, match="did you mean timm/convnext_atto?"):
         models.check("timm/convnext_ato")
+    with pytest.raises(BadInput, match="'timm/resnet18.nope' is not among"):
+        models.check("timm/resnet18.nope")
     monkeypatch.setattr(zoo, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="timm is not installed; uv run --extra timm"):
         models.check("timm/convnext_atto")

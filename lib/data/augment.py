@@ -129,6 +129,7 @@ class AlbumentationsTransform(Transform):
         self.position = None  # (epoch, index) of the next image
         self.lean = all(type(t) in LEAN for t in self.compose.transforms)
         self.flips = [t for t in leaves(self.compose) if isinstance(t, AlternatingFlip)]
+        self.mirrors = any(isinstance(t, (AlternatingFlip, A.HorizontalFlip, A.D4)) for t in leaves(self.compose))
 
     def apply(self, image, epoch, index):
         """`image`, (h, w, 3) uint8, as epoch `epoch` sees the image numbered `index`.

@@ -66,6 +66,16 @@ def file_content(path):
         return f.read()
 
 
+def register_heif():
+    """Lets Pillow read HEIC. Whether it can: only where pillow-heif is installed."""
+    if not find_spec("pillow_heif"):
+        return False
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    return True
+
+
 class Heif(UnidentifiedImageError):
     """A HEIC image where the package that reads it is not installed."""
 
@@ -75,10 +85,7 @@ def kinds_of(content):
     brand = content[8:12] if content[4:8] == b"ftyp" else b""
     if brand not in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         return KINDS
-    if find_spec("pillow_heif"):
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
+    if register_heif():
         return "HEIF", *KINDS
     if brand.startswith(b"h"):
         raise Heif("is HEIC, which takes pillow-heif (uv run --extra heif …)")

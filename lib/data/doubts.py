@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lib.cli import printable
+from lib.data import decode
 from lib.runs import write_csv
 
 ACROSS = "near copies across sets"
@@ -137,6 +138,7 @@ def odd(store, ids):
     """Images that are drawn among photographs, and those of a size far from the others'."""
     if len(ids) > MANY:
         return []
+    decode.register_heif()  # nothing was decoded here if the pixels were cached
     sides, shares = [], []
     for i in ids:
         with warnings.catch_warnings(action="ignore"), Image.open(store.paths[i]) as image:  # its header alone is read

@@ -234,7 +234,7 @@ def report(learn, config, run, rows, best, start, began):
     learn.model.load_state_dict(best.state)
     loaders, tta = (learn.dls.valid, learn.dls.test), [None, None]
     valid, test = outcomes = [outcome(learn, dl) for dl in loaders]
-    if config.flip:
+    if learn.dls.augment.mirrors:
         tta = [tta_accuracy(learn, dl, seen) for dl, seen in zip(loaders, outcomes)]
     summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt, tta)
     title = f"{run.path.name}: {summary['test_acc']:.2%} of the test images right"

@@ -64,9 +64,9 @@ class SmallResNet(nn.Module):
     def whiten(self, images, eps=5e-4):
         """Sets the first convolution from normalised `images` (n, 3, h, w). Its weight becomes a buffer: it is fixed.
 
-        On the images' patches its outputs are uncorrelated, with variance 1. The filters are the eigenvectors of the
-        patches' covariance, largest first, over the square roots of their eigenvalues (+ eps); then their negatives
-        (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
+        On the images' patches its outputs are uncorrelated, with a mean square of 1. The filters are the eigenvectors
+        of the patches' second moments, largest first, over the square roots of their eigenvalues (+ eps); then their
+        negatives (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
         """
         conv = self.stem[0]
         moment = 0

@@ -4,7 +4,6 @@ import copy
 import re
 import sys
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -39,9 +38,13 @@ def check(name, pretrained=""):
             raise BadInput(f"--model {name}: timm is not installed; uv run --extra timm train_fastai.py …")
         import timm
 
-        if not timm.is_model(name.removeprefix(TIMM)):
-            nearest = guess(name, [TIMM + known for known in timm.list_models()])
-            raise BadInput(f"--model: {name!r} is not among timm.list_models(){nearest}")
+        try:
+            known = timm.is_model(name.removeprefix(TIMM)) and timm.models.get_pretrained_cfg(name.removeprefix(TIMM))
+        except RuntimeError:  # the tag behind the dot is not
+            known = False
+        if not known:
+            every = timm.list_models() + timm.list_models(pretrained=True)  # also with tags
+            raise BadInput(f"--model: {name!r} is not among timm.list_models(){guess(name, [TIMM + n for n in every])}")
         return
     import torchvision.models as torchvisions
 
@@ -180,15 +183,16 @@ def check_batches(model, config, sizes, n, size, ranks=1):
         with torch.random.fork_rng([]), torch.no_grad():
             copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
     except ValueError:
-        larger = next(batch for batch in count(config.batch_size + 1) if not leaves_one(batch))
+        larger = next((batch for batch in range(config.batch_size + 1, n + 1) if not leaves_one(batch)), None)
+        remedy = f"pass another, such as {larger}" if larger else "add images, or pass another --model"
         grown = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         raise BadInput(
             f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{grown}, on which the "
-            f"BatchNorm of {config.model} cannot be trained at {size} pixels; pass another, such as {larger}"
+            f"BatchNorm of {config.model} cannot be trained at {size} pixels; {remedy}"
         ) from None
 
 
-def card(name, dls, flip):
+def card(name, dls):
     """The content of weights/model.json: what rebuilds the trained network, and how images become its input."""
     constructor, args = MODELS.get(name, (None, {}))
     theirs = name if name.startswith(TIMM) else f"torchvision.{name}"
@@ -200,7 +204,7 @@ def card(name, dls, flip):
         "mean": dls.mean.tolist(),
         "std": dls.std.tolist(),
         "resize": dls.store.resize_rule,
-        "flip": flip,
+        "flip": dls.augment.mirrors,
         "levels": dls.store.levels,
     }
 

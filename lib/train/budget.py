@@ -42,7 +42,7 @@ def measure(config, dls, precision, name):
     """
     model = models.build(name, len(dls.vocab), config.pretrained, dls.train.plain()[0])
     models.cam_layer(model, dls.store.size)
-    one = dataclasses.replace(config, model=name, epochs=1, minutes=0.0)
+    one = dataclasses.replace(config, model=name, epochs=1, minutes=0.0, batch_size=dls.train.bs)
     models.check_batches(model, one, batch_sizes(one), len(dls.train.ids), dls.store.size, ranks.world())
     learn = build(one, dls, model, precision)
     step, evaluation = timing.step_seconds(learn, STEPS), timing.evaluation_seconds(learn)
