@@ -20,6 +20,12 @@ def wilson(share, n):
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
 
 
+def standard_error(share, n):
+    """Of a share that was seen in n images, from its interval: it is not 0, even if the share is 0 or 1."""
+    low, high = wilson(share, n)
+    return (high - low) / (2 * Z)
+
+
 def look_first(run):
     """Some images are worth a look."""
     kinds = Counter(row[0] for row in run["doubts"])
@@ -99,8 +105,7 @@ def small_valid(run):
     (best, *others), n = sorted(run["rows"]["valid_acc"], reverse=True), run["n"]["valid"]
     if run["summary"]["chosen_on"] != "valid":
         return None
-    low, high = wilson(run["summary"]["valid_acc"], n)
-    error = (high - low) / (2 * Z)  # not 0, even if all are right
+    error = standard_error(run["summary"]["valid_acc"], n)
     numbers = f"{n:,} valid images, standard error {error:.4f}"
     numbers += f"; its best two epochs are {best - others[0]:.4f} apart" if others else ""
     less = "" if run["summary"].get("chosen_by") == "loss" else ", or choose by what jumps less, `--keep valid_loss`"

@@ -204,10 +204,8 @@ def table(variants):
             forms |= {"epochs_to_target": "{:.1f}" if len(runs) > 1 else "{:.0f}", "seconds_to_target": "{:.0f}"}
         forms |= {"train_seconds": "{:.0f}"}
         mark = " *" if any(map(disturbed, runs)) else ""
-        cells = [
-            spread([run["summary"][key] for run in runs], form) + mark * key.endswith("seconds")
-            for key, form in forms.items()
-        ]
+        values = {key: [run["summary"][key] for run in runs] for key in forms}
+        cells = [spread(values[key], form) + mark * key.endswith("seconds") for key, form in forms.items()]
         if folds:
             pooled = on_all_images(runs)
             cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
@@ -262,9 +260,8 @@ def remarks(runs, missing, differ):
     if any(map(disturbed, runs)):
         notes.append(f"*: other programs took more than {DISTURBED} cores meanwhile, so the seconds are too many.")
     if folds:
-        notes.append(
-            "Folds share training images, so deviations and intervals over them are too small (Nadeau & Bengio, 2003)."
-        )
+        small = "deviations and intervals over them are too small (Nadeau & Bengio, 2003)"
+        notes.append(f"Folds share training images, so {small}.")
     lengths = " and ".join(map(str, sorted({len(run["rows"]) for run in runs})))
     over, by = ("seeds and folds", "seed and fold") if folds else ("seeds", "seed")
     notes.append(

@@ -94,9 +94,7 @@ class Config:
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
-    keep: Literal["auto", *KEEP] = option(
-        "auto", "which epoch is kept; auto: valid_acc, or valid_loss if valid is small"
-    )
+    keep: Literal["auto", *KEEP] = option("auto", "which epoch is kept; auto: valid_acc, valid_loss if valid is small")
     stop_after: int = option(0, "stop after so many epochs without a better --monitor; 0: never", low=0)
     patience_epochs: int | Auto = option("auto", "bad epochs that plateau forgives; auto: a tenth of all", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)

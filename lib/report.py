@@ -254,18 +254,7 @@ def of_comparison(folder):
         row["disturbed"] = float(row.get("other_load") or 0) > DISTURBED
         variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
     curves = [{"name": name, **{c: band(group, c) for c in CURVES}} for name, group in variants.items()]
-    shown = (
-        "variant",
-        "seed",
-        "test_acc",
-        "valid_acc",
-        "best_epoch",
-        "lr",
-        "train_seconds",
-        "disturbed",
-        "folder",
-        "link",
-    )
+    shown = "variant seed test_acc valid_acc best_epoch lr train_seconds disturbed folder link".split()
     return {
         "kind": "comparison", "name": folder.resolve().name, "state": "done", "notes": notes, "curves": curves,
         "table": [line[2:-2].split(" | ") for line in table.split("\n") if not line.startswith("| --- ")],

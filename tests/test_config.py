@@ -169,3 +169,8 @@ def test_choices_are_the_registries():
     assert set(config.SUGGESTIONS) == set(lr_range.RULES)
     theirs = {name for name, rule in lr_range.RULES.items() if rule is getattr(fastai_schedule, name, None)}
     assert theirs == {"valley", "steep", "minimum", "slide"}
+
+
+def test_the_command_in_env_json_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/train_fastai.py", "--data", "my photos"])
+    assert machine.environment()["command"] == "train_fastai.py --data 'my photos'"

@@ -293,6 +293,17 @@ def comparison_folder(path, name="one_cycle"):
     return path
 
 
+def test_a_target_that_was_not_reached_is_above_what_was_measured(tmp_path):
+    """In training the kept epoch was just below it; in float32 its weights are just above it."""
+    folder = run_folder(tmp_path / "x")
+    summary, env = (json.loads((folder / name).read_text()) for name in ("summary.json", "env.json"))
+    summary |= dict(test_acc=0.8801, target=0.88, epochs_to_target=None, seconds_to_target=None)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "env.json").write_text(json.dumps(env | {"precision": "bf16"}))
+    most = max(row["test_acc"] for row in rows_of(6, 0.8))
+    assert f"the most was {most:.4f}" in str(data_of(report.write(folder))["headline"]) and most < 0.88
+
+
 def test_a_comparison_has_its_table_curves_and_links(tmp_path, capsys):
     folder = comparison_folder(tmp_path / "both")
     report.write(folder / "plateau-s0")

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scipy.stats import binomtest
 
 from lib import data, runs
 from lib.cli import BadInput
@@ -196,8 +197,9 @@ def test_with_few_valid_images_their_loss_chooses_unless_asked(tmp_path, bands, 
         assert json.loads((tmp_path / name / "env.json").read_text())["keep"] == kept
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         one, other = (float(row["valid_acc"]) for row in rows)
-        p = (summary["valid_acc"] * 8 + 1) / 10
-        error = f"{(p * (1 - p) / 8) ** 0.5:.3f}, and the best two epochs differ by {abs(one - other):.3f}"
+        interval = binomtest(round(summary["valid_acc"] * 8), 8).proportion_ci(method="wilson")
+        error = f"{(interval.high - interval.low) / 2 / 1.96:.3f}"
+        error += f", and the best two epochs differ by {abs(one - other):.3f}"
         assert summary["chosen_by"] == by and f"best by valid {by} " in out
         assert f"{few}: the standard error of their accuracy is {error}\n" in out
 

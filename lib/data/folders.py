@@ -177,9 +177,7 @@ def find_sets(root, tell=False):
     for kind in ("train", "valid", "test"):
         for folder in found[kind]:
             if folder.is_symlink():
-                raise BadInput(
-                    f"{folder}: is a link, and links are not followed; cp -rL {root} COPY makes folders of links"
-                )
+                raise BadInput(f"{folder}: is a link, and none is followed; cp -rL {root} COPY makes folders of links")
             if kind in sets:
                 raise BadInput(f"{root}: has both {found[kind][0].name}/ and {folder.name}/; keep one")
             sets[kind] = unwrapped(folder)
@@ -225,9 +223,7 @@ def check_classes(root, found):
             raise BadInput(f"{root}: {p.name}/ holds sets beside {len(inside) - 1:,} other folders; pass --data {p}")
     for (a, of_a), (b, of_b) in combinations([(p, names) for p, names in inside.items() if len(names) > 1], 2):
         if len(same := of_a & of_b) > 1:
-            text = (
-                f"hold the same folders ({brief(sorted(same), 5)}): are these sets? Name them train/, valid/ and test/"
-            )
+            text = f"hold the same folders ({brief(sorted(same), 5)}): are these sets? Name them train/, valid/, test/"
             raise BadInput(f"{root}: {a.name}/ and {b.name}/ {text}; if they are classes, put all of them into train/")
 
 
@@ -288,9 +284,8 @@ def find_images(root, valid_pct, split_seed, folds=0, fold=0, without=frozenset(
             raise BadInput(f"{folder}: no images in class folders; fill it or remove it")
         for path, name in images:
             if name not in counts:
-                raise BadInput(
-                    f"{path.parent}: class {name!r} is not among those of train ({brief(sorted(counts), 5)})"
-                )
+                known = brief(sorted(counts), 5)
+                raise BadInput(f"{path.parent}: class {name!r} is not among those of train ({known})")
     if len(counts) < 2:
         raise BadInput(f"{root}: only one class ({min(counts)!r}); a classifier needs at least two class folders")
     held = held_out(sets, valid_pct)

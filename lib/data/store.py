@@ -40,7 +40,6 @@ class Store:
         paths,  # image files
         size,  # shorter side, in pixels
         root=Path(),  # folder that `names` are relative to
-        threads=None,  # that decode; None: one a core
         cache=None,  # folder of files to use again; None: an unnamed file
         skip=False,  # whether images that cannot be read are passed over and listed in `skipped`; else they raise
         temporary=None,  # folder of the unnamed file, made if need be; where it cannot be written, the system's
@@ -49,8 +48,7 @@ class Store:
         start = os.path.join(root, "")  # relpath alone takes half a second of 60,000
         relative = lambda p: p.removeprefix(start) if p.startswith(start) else os.path.relpath(p, root)
         self.names = [relative(os.fspath(p)).replace(os.sep, "/") for p in self.paths]
-        threads = threads or cores()
-        facts = self.in_folder(Path(cache), threads, skip) if cache else self.unnamed(temporary, threads, skip)
+        facts = self.in_folder(Path(cache), skip) if cache else self.unnamed(temporary, skip)
         self.fingerprint = facts["fingerprint"]  # a hash of names, shapes and pixels: 16 hexadecimal digits
         self.skipped = [(self.names[i], reason) for i, reason in facts["skipped"]]
         self.levels = facts["levels"]  # that are black and white in images of more than 8 bits; None without such
@@ -58,12 +56,12 @@ class Store:
             raise BadInput(f"{Path(root, self.skipped[0][0])}: {self.skipped[0][1]}; {REMEDY}")
         self.index = {p: i for i, (p, read) in enumerate(zip(self.paths, self.shapes.all(1))) if read}
 
-    def in_folder(self, cache, threads, skip):
+    def in_folder(self, cache, skip):
         """Maps the file of these images under `cache`, written first where there is none; returns its facts."""
         self.folder = cache / f"images-{self.size}-{self.key()}"
         if not self.folder.is_dir():
             with whole_folder(self.folder) as part, open(part / "pixels", "wb", buffering=0) as file:
-                facts = self.read(file, threads, skip)
+                facts = self.read(file, skip)
                 os.fsync(file.fileno())
                 np.save(part / "shapes.npy", self.shapes)
                 (part / "facts.json").write_text(json.dumps(facts))
@@ -75,7 +73,7 @@ class Store:
             text = f"--cache {self.folder}: is damaged ({one_line(error)}); remove this folder"
             raise BadInput(text) from None
 
-    def unnamed(self, folder, threads, skip):
+    def unnamed(self, folder, skip):
         """Decodes into a file without a name; returns its facts."""
         try:
             Path(folder or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
@@ -83,7 +81,7 @@ class Store:
         except OSError:
             file = tempfile.TemporaryFile(buffering=0)
         with file:
-            facts = self.read(file, threads, skip)
+            facts = self.read(file, skip)
             self.map(file)
         return facts
 
@@ -93,26 +91,26 @@ class Store:
         if self.shapes.shape != (len(self), 2) or self.starts[-1] != len(self.pixels):
             raise ValueError("its files do not fit each other")
 
-    def read(self, file, threads, skip):
+    def read(self, file, skip):
         """Decodes all images into `file`, and sets `shapes`, (n, 2).
 
         Returns the facts: a fingerprint, [number, reason] of each image that is skipped (its shape is (0, 0)), and the
         levels of deep images: they are decoded once more where these are not what each image alone would have.
         """
         seen, levels = [], None
-        facts = self.decode_into(file, threads, skip, None, seen)
+        facts = self.decode_into(file, skip, None, seen)
         if seen:
             levels = decode.levels_of(seen)
             if any((0, white) != levels for _, _, white in seen):
                 file.seek(0), file.truncate()
-                facts = self.decode_into(file, threads, skip, levels, None)
+                facts = self.decode_into(file, skip, levels, None)
         return {**facts, "levels": levels and list(levels)}
 
-    def decode_into(self, file, threads, skip, levels, seen):
+    def decode_into(self, file, skip, levels, seen):
         """One pass over all images: writes their pixels to `file`, sets `shapes`, and returns facts."""
         shapes, skipped, digest = [], [], hashlib.blake2b(digest_size=8)
         chunks = [self.paths[i : i + CHUNK] for i in range(0, len(self), CHUNK)]
-        pool, waiting = ThreadPoolExecutor(threads), deque()
+        pool, waiting = ThreadPoolExecutor(threads := cores()), deque()
         options = dict(total=len(self), desc="reading", unit="image", leave=False)
         with quiet() as terminal, tqdm(file=terminal, disable=not terminal.isatty(), **options) as bar:
             try:

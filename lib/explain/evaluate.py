@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn import metrics
 
 from lib import models
+from lib.advice import standard_error
 from lib.cli import duration, read_json
 from lib.config import FEW_VALID
 from lib.explain import gradcam, plots, scores
@@ -149,11 +150,8 @@ def range_test(learn, config, run):
     passes = f", in {test.epochs} passes over the training images" if test.epochs > 1 else ""
     print(f"range test: {len(test.lrs)} batches{passes}: {rates}; {config.lr_suggest} is used: lr {lr:.3g}", flush=True)
     if test.fall < NOISY * test.noise:
-        print(
-            f"range test: its fall, {test.fall:.2g}, is little against its noise, {test.noise:.2g}: the rate is a "
-            "rough guess; more --lr-iters or --lr with a number make it surer",
-            flush=True,
-        )
+        little = f"its fall, {test.fall:.2g}, is little against its noise, {test.noise:.2g}: the rate is a rough guess"
+        print(f"range test: {little}; more --lr-iters or --lr with a number make it surer", flush=True)
     run.note(lr_suggestions=suggestions)
     return lr, test.step_seconds
 
@@ -258,10 +256,10 @@ def report(learn, config, run, rows, best, start, began):
 def few_to_choose_with(rows, valid):
     """A line that holds the standard error of the accuracy on few valid images beside the difference that it decided.
 
-    It is binomial, at the accuracy after one more right and one more wrong, so that it is never 0.
+    It is that of the page: a share of Wilson's interval, so it is not 0 even if all are right.
     """
-    n, right = len(valid[0]), (valid[1].argmax(1) == valid[0]).sum()
-    error = math.sqrt((right + 1) / (n + 2) * (n - right + 1) / (n + 2) / n)
+    n = len(valid[0])
+    error = standard_error(accuracy(*valid[:2]), n)
     best, *others = sorted((row["valid_acc"] for row in rows), reverse=True)
     line = f"{n} valid images are few: the standard error of their accuracy is {error:.3f}"
     return line + (f", and the best two epochs differ by {best - others[0]:.3f}\n" if others else "\n")

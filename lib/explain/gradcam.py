@@ -5,16 +5,11 @@ import copy
 import numpy as np
 import torch
 
+from lib.config import CAMS
 from lib.models import as_map
 
-METHODS = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "hirescam": "HiResCAM",
-    "layercam": "LayerCAM",
-    "xgradcam": "XGradCAM",
-    "eigencam": "EigenCAM",
-}  # name -> class of the grad-cam package
+CLASSES = "GradCAM GradCAMPlusPlus HiResCAM LayerCAM XGradCAM EigenCAM".split()  # of the grad-cam package
+METHODS = dict(zip(CAMS, CLASSES, strict=True))
 
 
 def maps(

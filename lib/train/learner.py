@@ -329,9 +329,8 @@ def build(config, dls, model, precision="float32", cbs=None):
         cbs.append(Compile())
     if config.balanced_batches:
         dls.train.order = balanced_order
-    options = dict(
-        mom=config.momentum, wd=config.weight_decay, optimizer=config.optimizer, accumulate=config.accumulate
-    )
+    options = dict(optimizer=config.optimizer, mom=config.momentum, wd=config.weight_decay)
+    options["accumulate"] = config.accumulate
     if "macro_f1" in (config.monitor, config.keep):
         options["metrics"] = [AccumMetric(macro_f1, dim_argmax=-1, to_np=True)]
     loss = TrainingLoss(config.label_smoothing, weight)

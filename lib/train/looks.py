@@ -20,9 +20,9 @@ from lib.train import lr_range, ranks
 from lib.train.randomness import preserved_generators
 from lib.train.recorder import Evaluation
 
-# fastai's callbacks that act on training or its record: looks leave them out. And those that any look needs.
-STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)
-NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)
+STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)  # training, or its record
+OF_FITS = (HookCallback, ProgressCallback, ranks.DataParallel)  # not of a range test
+NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)  # by any look
 LOOP = "training epoch iter n_iter dl xb yb pred loss loss_grad pct_train train_iter n_epoch smooth_loss".split()
 
 
@@ -119,10 +119,8 @@ class Looks(Learner):
         """
         savers = [cb for cb in self.cbs if isinstance(cb, SaveModelCallback) and cb.fname == file]
         if self.fitting and savers and savers[0].last_saved_path is None:
-            warnings.warn(
-                f"{file}: this fit was never better than before, so nothing was saved and nothing is loaded",
-                stacklevel=2,
-            )
+            text = f"{file}: this fit was never better than before, so nothing was saved and nothing is loaded"
+            warnings.warn(text, stacklevel=2)
             return self
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Could not load the optimizer state")
@@ -141,10 +139,7 @@ class Looks(Learner):
         twin.fitting, twin._looks, twin.logger, twin.create_mbar = False, [], noop, False
         twin.scaler = torch.amp.GradScaler("cuda") if self.scaler else None
         for cb in self.cbs:
-            records = isinstance(cb, (HookCallback, ProgressCallback, ranks.DataParallel)) or hasattr(
-                type(cb), "after_epoch"
-            )
-            if looks_too(cb) and not records:
+            if looks_too(cb) and not isinstance(cb, OF_FITS) and not hasattr(type(cb), "after_epoch"):
                 twin.add_cb(copy.copy(cb))
         return twin
 

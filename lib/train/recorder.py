@@ -206,9 +206,8 @@ class EpochRecorder(Recorder):
         self.row["epoch"] = self.epoch + 1
         for name, value in self.row.items():
             if name.endswith("_loss") and value is not None and not math.isfinite(value):  # the last step did it
-                raise diverged(
-                    name, value, f"after epoch {self.row['epoch']}", len(self.learn.dls.train), self.row["lr"]
-                )
+                where = f"after epoch {self.row['epoch']}"
+                raise diverged(name, value, where, len(self.learn.dls.train), self.row["lr"])
         self.row["seconds"] = time.perf_counter() - self.start
         n_fastais = len(self.metric_names) - 1 - len(self.columns) - self.add_time
         values = [*self.trained, *self.evaluated]
@@ -227,11 +226,8 @@ class EpochRecorder(Recorder):
         under_way = None
         if self.in_epoch:
             under_way = {"row": {**self.row, "seconds": time.perf_counter() - self.start}, "sums": list(self.sums)}
-        return {
-            "rows": self.rows,
-            "under_way": under_way,
-            "hps": torch.tensor([*self.hps.values()], dtype=torch.float64),
-        }
+        hps = torch.tensor([*self.hps.values()], dtype=torch.float64)
+        return {"rows": self.rows, "under_way": under_way, "hps": hps}
 
     def load_state_dict(self, state):
         self.rows, self.under_way = list(state["rows"]), state["under_way"]

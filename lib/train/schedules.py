@@ -1,6 +1,7 @@
 """Schedules: what drives the learning rate of a fit. Each is one function and one entry in `SCHEDULES`."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,12 +57,7 @@ def grow_batch(config, lr):
 
 def scheduled(function):
     """A schedule from `function(config, lr)`, which gives a function from epochs done to {hyperparameter: value}."""
-
-    def owner(config, lr):
-        return Scheduled(function(config, lr), config.warmup_epochs)
-
-    owner.__doc__ = function.__doc__
-    return owner
+    return lambda config, lr: Scheduled(function(config, lr), config.warmup_epochs)
 
 
 def two_halves(config, start, top, end):
@@ -97,22 +93,19 @@ def flat_cos(config, lr):
     return lambda epochs_done: {"lr": rate(epochs_done)}
 
 
-def cyclical(shrink):
-    """The triangular policies of Smith, arXiv 1506.01186; the height of each cycle is `shrink` times the one before."""
+def triangular(config, lr, shrink=1.0):
+    """Straight from lr / cycle_div to lr and back, cycle by cycle (Smith, arXiv 1506.01186).
 
-    @scheduled
-    def triangular(config, lr):
-        """Straight from lr / cycle_div to lr and back, cycle by cycle."""
-        low, length = lr / config.cycle_div, config.cycle_length * config.epochs
+    The height of each cycle is `shrink` times that of the one before.
+    """
+    low, length = lr / config.cycle_div, config.cycle_length * config.epochs
 
-        def hypers(epochs_done):
-            cycle = math.floor(epochs_done / length)
-            height = 1 - abs(2 * (epochs_done / length - cycle) - 1)
-            return {"lr": low + (lr - low) * height * shrink**cycle}
+    def hypers(epochs_done):
+        cycle = math.floor(epochs_done / length)
+        height = 1 - abs(2 * (epochs_done / length - cycle) - 1)
+        return {"lr": low + (lr - low) * height * shrink**cycle}
 
-        return hypers
-
-    return triangular
+    return hypers
 
 
 @scheduled
@@ -133,8 +126,8 @@ SCHEDULES = {
     "plateau": plateau,
     "one_cycle": one_cycle,
     "constant": constant,
-    "triangular": cyclical(1),
-    "triangular2": cyclical(0.5),
+    "triangular": scheduled(triangular),
+    "triangular2": scheduled(partial(triangular, shrink=0.5)),
     "warm_restarts": warm_restarts,
     "flat_cos": flat_cos,
     "grow_batch": grow_batch,
