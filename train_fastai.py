@@ -53,10 +53,10 @@ def main(argv=None):
 def train(config, tested=None):
     """One run, from data to explained mistakes, in this process or in all that torchrun started.
 
-    `tested` is a run folder whose range test would be the same: it is taken over.
+    `tested` is a run folder with the same range test; this run uses its result.
     """
     start = time.perf_counter()
-    gc.disable()  # there is no garbage before training, and to look for some takes a fifth of the start
+    gc.disable()  # before training there is no garbage, and looking for it takes a fifth of the start
     from lib import data, machine, models, runs
     from lib import train as training
     from lib.train import averaging, budget, checkpoint, lecture, ranks, timing

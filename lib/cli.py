@@ -70,7 +70,7 @@ def duration(seconds):
 
 
 def until(seconds):
-    """'until 13:40', where it is now so many seconds before; with the day where that is another."""
+    """'until 13:40': the time in so many seconds; with the day of the week if it is not today."""
     end, now = time.localtime(time.time() + seconds), time.localtime()
     return "until " + time.strftime("%H:%M" if end[:3] == now[:3] else "%a %H:%M", end)
 

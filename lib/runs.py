@@ -34,7 +34,7 @@ def write(path, content, keep=None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
-        with part.open("xb") as f:  # "x": a link that lies in wait there is not followed
+        with part.open("xb") as f:  # "x": a link that somebody put there is not followed
             f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())

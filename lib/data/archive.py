@@ -73,7 +73,7 @@ def members(archive):
 
 
 def name_of(member):
-    """The name of a zip's member: without the flag of UTF-8 it is so all the same where it can be; else None."""
+    """The name of a zip's member. Without the flag of UTF-8 it is tried as UTF-8; None if it is not."""
     if member.flag_bits & 0x800 or member.filename.isascii():
         return member.filename
     try:

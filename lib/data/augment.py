@@ -102,8 +102,8 @@ class AlternatingFlip(A.ImageOnlyTransform):
         return cv2.flip(img, 1) if self.turned else img
 
 
-# Transforms that draw from py_random alone and change images alone: they need nothing that A.Compose does around them,
-# which takes more time than they do.
+# Transforms that draw from py_random alone and change images alone. They are called directly, because A.Compose takes
+# longer than they do.
 LEAN = (CropFromPadding, AlternatingFlip, Cutout)
 
 
@@ -246,7 +246,7 @@ def parse(text):
 
 
 def build(node):
-    """The transform that a node of the file describes. Those in it are built first, so that errors name the inmost."""
+    """The transform that a node of the file describes. Those inside are built first: an error names the innermost."""
     name = shorten_class_name(str(node["__class_fullname__"]))
     cls = SERIALIZABLE_REGISTRY.get(name, object)
     ours = cls in LEAN or cls.__module__.startswith("albumentations.")

@@ -27,7 +27,7 @@ RESIZE_RULE = (
     "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
 END = b"\xff\xd9"  # the marker at the end of a JPEG
-GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # in place of what is missing of one it would change pixels
+GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # changes pixels where it takes the place of missing ones
 large = threading.Lock()  # held where an image may take much memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half as many pixels
 
@@ -102,7 +102,7 @@ def from_content(content, size, levels, seen):
 
 
 def lacks_its_end_alone(content):
-    """Whether a JPEG is whole but for the marker of its end: then no pixel depends on what is put there."""
+    """Whether a JPEG lacks nothing but its end marker. If so, bytes that are put there change no pixel."""
     sums = set()
     for more in (b"", *GARBAGE):
         try:
@@ -155,10 +155,10 @@ def upright_rgb(image, levels, seen):
 
 
 def from_deep(array, mode, levels, seen):
-    """Levels of more than 8 bits, or floats, as uint8; `levels` are those that become black and white.
+    """Levels of more than 8 bits, or floats, as uint8. `levels` is (black, white).
 
-    Without them 16-bit modes go up to 65535, other levels to 65535, 255 or 1. The least and most level, and what is
-    white, are added to the list `seen`.
+    Without it black is 0, and white is 65535 for 16-bit modes; for others it is 65535, 255 or 1, by the largest level.
+    Appends (least level, most level, white) to the list `seen`.
     """
     least, most = float(array.min()), float(array.max())
     if not np.isfinite([least, most]).all():
@@ -174,7 +174,11 @@ def from_deep(array, mode, levels, seen):
 
 
 def levels_of(seen):
-    """The levels that become black and white in a set of deep images: 0, or the least, and all of the bits in use."""
+    """(black, white) for a set of deep images.
+
+    Black is 0, or the least level if that is negative. White is the largest number of as many bits as the levels use; 1
+    for floats up to 1.
+    """
     least, most = min(low for low, _, _ in seen), max(high for _, high, _ in seen)
     return min(least, 0.0), float(2 ** int(most).bit_length() - 1) if most > 1 else 1.0
 

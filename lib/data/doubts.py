@@ -15,7 +15,7 @@ ACROSS = "near copies across sets"
 COLUMNS = ("doubt", "file", "detail")
 FEW = 10  # training images of a class; the word of the table says so too
 BITS, LEVELS = 3, 6  # of 64 bits of the hash, and of 255 mean levels of a thumbnail: near copies differ by no more
-PLAIN = 6  # standard deviation, in levels of 255, below which an image is nearly of one colour; below twice it, a sky
+PLAIN = 6  # levels of 255: an image that deviates less is nearly of one colour; below twice it, it has little detail
 DRAWN = 0.5  # share of one exact colour, where half of the images have no more than a tenth of it: drawn, not a photo
 SAME, SOLID = 0.01, 1  # mean levels of thumbnails up to which they are equal; deviation of an image of one colour
 FAR = 4  # times as large or small as the median image
@@ -83,8 +83,9 @@ def areas(side, parts):
 def pairs(hashes, thumbnails):
     """Pairs of rows that are near copies: (k, 2).
 
-    Of hashes that differ in at most 3 bits one quarter at least is equal: rows are compared with those next to them in
-    the order of each quarter. Skies are alike, and no copies: of images with little in them only equal ones are.
+    If two hashes differ in at most 3 of 64 bits, at least one of their four 16-bit parts is equal. So rows are sorted
+    by each part, and compared with their neighbours. Images with little detail, such as skies, look alike: they count
+    as copies only if they are equal.
     """
     deviation, found = deviations(thumbnails), set()
     most = np.where(deviation < 2 * PLAIN, np.where(deviation < SOLID, -1, SAME), LEVELS)

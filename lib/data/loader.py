@@ -32,7 +32,7 @@ PER_ITEM = {"create_item", "create_batch", "do_item", "do_batch", "retain"}  # m
 
 
 class ReadImage(Transform):
-    """What names an image or is one (path, bytes, PIL image, array, tensor) as a PILImage, shorter side at `size`."""
+    """Turns a path, bytes, PIL image, array or tensor into a PILImage whose shorter side is `size` pixels."""
 
     input_types = (object,)
 
@@ -96,9 +96,9 @@ def copied_beside(batch, device, stream):
 class StoreDL(TfmdDL):
     """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
 
-    It does so where its items are files in the store and its item transforms those that it was made with; else it goes
-    fastai's way, item by item, to the same batches. The order of a shuffled epoch is a function of (seed, epoch), the
-    augmentation of (seed, epoch, image). `epoch` moves on after each complete pass.
+    It does so if all items are files in the store, and the item transforms are those it was made with. Otherwise it
+    works item by item, as fastai does, with the same result. The order of a shuffled epoch is a function of (seed,
+    epoch), the augmentation of (seed, epoch, image). `epoch` grows by one after each complete pass.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ def get_dls(config, device="cpu"):
 def pretrained_stats(config):
     """Mean and standard deviation a channel, in 0..1, of what the weights `--pretrained` were trained on: (3,) arrays.
 
-    Of a run's weights they stand beside them, in model.json; of others they are those of the library's own.
+    For the weights of a run they are in the model.json beside them. For others they are those of the library's weights.
     """
     card_file = Path(config.pretrained).expanduser().with_name("model.json")
     if config.pretrained != "torchvision" and card_file.exists():

@@ -28,9 +28,9 @@ STATS_PIXELS = 2**18  # that are counted together
 class Store:
     """Decoded images as uint8; `store[i]` is a (h, w, 3) view of image i.
 
-    Their pixels lie one after another in a file that is mapped into memory. Under `cache` it is named by the names,
-    sizes and times of the images' files, and used again as long as these stay. Without one it has no name, and goes
-    with the process.
+    Their pixels lie one after another in a file that is mapped into memory. Under `cache` the file is named by a hash
+    of the image files' names, sizes and times, and used again while these stay. Without `cache` it has no name, and
+    disappears with the process.
     """
 
     resize_rule = decode.RESIZE_RULE  # how an image file becomes pixels, in words
@@ -183,7 +183,7 @@ def decode_all(paths, size, skip, levels, seen):
 
 @contextmanager
 def quiet():
-    """Inside, what image libraries write to stderr, past Python, on damaged files goes nowhere. Gives the true one."""
+    """Silences stderr inside the block: image libraries write to it, past Python. Yields a stream to the true one."""
     if sys.stderr is None:  # a program without a window
         with open(os.devnull, "w") as nowhere:
             yield nowhere

@@ -27,7 +27,7 @@ from lib.train.progress import RangeTestLines
 
 MISTAKE_COLUMNS = ("rank", "file", "truth", "prediction", "loss", "p_prediction", "p_truth")
 CHOSEN_BY = {"valid_acc": "accuracy", "valid_loss": "loss", "macro_f1": "macro-F1"}
-NOISY = 3  # times its noise is the fall of a range test that can be trusted
+NOISY = 3  # a range test is trusted if its fall is at least so many times its noise
 MAP_SIDE = 32  # of the maps in gallery.json
 
 

@@ -1,4 +1,4 @@
-"""GradCAM maps (Selvaraju et al., arXiv 1610.02391), and those of its kin, by the grad-cam package, on a copy."""
+"""GradCAM maps (Selvaraju et al., arXiv 1610.02391), and those of related methods, by the grad-cam package."""
 
 import copy
 

@@ -37,9 +37,9 @@ def heads(model):
 def cam_layer(model, size):
     """The layer of `model` that GradCAM reads for images of `size` pixels: its output is a map of at least 4 x 4.
 
-    It is `model.cam_layer`, or, where that does not fit, the last to finish that has such a map on which the head
-    depends: of a ViT the first norm of the last block, as behind it only the class token counts. Raises BadInput where
-    the network does not take such images, or has no such layer.
+    It is `model.cam_layer` if that fits. Otherwise it is the last layer to finish whose output is such a map and
+    changes what the head sees. In a ViT that is the first norm of the last block: after it only the class token counts.
+    Raises BadInput if the network does not take such images, or has no such layer.
     """
     fitting, outputs, features = [], [], []  # features: what the head sees, as a fresh one may be zero
 

@@ -92,7 +92,7 @@ def unfit(name, size, error):
 def timms(name, n_classes, pretrained, size):
     """A network of timm. Weights come by timm's own loader, which adapts positions and runs no code in a file.
 
-    They are loaded with the head that they were trained with: where that is left out, timm lets anything pass.
+    They are loaded with their own head: without it timm does not check that they fit.
     """
     import timm
 

@@ -15,9 +15,9 @@ class EMA(Callback):
     """Evaluates and keeps an exponential moving average a of the weights w: a <- d a + (1 - d) w after each step.
 
     An average has less of the noise that a large rate leaves in the weights (Polyak & Juditsky, SIAM J. Control Optim.
-    30, 1992). d is `decay`, at first (1 + t) / (10 + t) at step t, so that the start is soon forgotten. The statistics
-    of BatchNorm are averaged too. The model holds the average from each validation to the next training, and after the
-    fit. Training itself is as without it.
+    30, 1992). d is `decay`, but at step t no more than (1 + t) / (10 + t), so that the first weights are soon
+    forgotten. The statistics of BatchNorm are averaged too. The model holds the average from each validation until the
+    next epoch of training, and after the fit. Training itself does not change.
     """
 
     order, train_only = 63, True  # before what keeps or evaluates weights

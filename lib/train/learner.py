@@ -56,9 +56,10 @@ REFUSED = {
 
 
 class Unscale(Callback):
-    """Divides the gradients of fp16 by the loss's scale: after what may cancel a step, before what looks at them.
+    """Divides the gradients of fp16 by the loss's scale.
 
-    It has the place of fastai's MixedPrecision, and its name: there fastai's `load_learner` calls `to_fp32` on a CPU.
+    It comes after callbacks that may cancel the step, and before those that read gradients. Order and name are those of
+    fastai's MixedPrecision: by that name fastai's `load_learner` finds it on a CPU, and calls `to_fp32`.
     """
 
     order, name, done = MixedPrecision.order, "mixed_precision", False

@@ -12,10 +12,10 @@ from lib.train.randomness import seed_from
 
 
 def balanced_order(seed, epoch, labels):
-    """An order in which any run of images has the classes in the data's proportions, as closely as can be: (n,) int64.
+    """An order in which each stretch of images has nearly the class proportions of the data: (n,) int64.
 
-    Image of rank r (in `shuffled`) among the n_c of its class c comes at (r + u_c) / n_c, u_c uniform per epoch and
-    class.
+    The image of rank r (in `shuffled`) among the n_c of its class c gets the place (r + u_c) / n_c. u_c is uniform,
+    drawn for each epoch and class.
     """
     labels = np.asarray(labels)
     position, order = np.empty(len(labels)), shuffled(seed, epoch, labels)

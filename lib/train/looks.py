@@ -32,7 +32,7 @@ def looks_too(cb):
 
 
 class Looks(Learner):
-    """The part of SGDLearner that evaluates. fastai's own methods begin a fit for it, which wipes the record."""
+    """The evaluating part of SGDLearner. fastai's own methods tell all callbacks of a fit: that erases the record."""
 
     fitting = False  # whether a fit is under way
 

@@ -140,9 +140,9 @@ class ReduceLROnPlateau(Callback):
 
 
 class StopEarly(EarlyStoppingCallback):
-    """fastai's, but it ends a fit when its last epoch is whole.
+    """Like fastai's, but it ends the fit between two epochs.
 
-    fastai's ends it in the middle of an epoch: what comes later in order misses that one.
+    fastai's ends it in `after_epoch`, so callbacks that come later in order miss that epoch.
     """
 
     order, wait = 61, 0

@@ -102,7 +102,7 @@ def gathered(part, sizes):
 
 @contextmanager
 def first_alone():
-    """What stands inside, the first rank does before the others do it: they find what it wrote."""
+    """The first rank runs the block before the others do, so they find what it wrote."""
     if world() > 1 and not leads():
         dist.barrier()
     yield
