@@ -119,12 +119,13 @@ def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and those settings."""
     every, first = [run["args"] for run in runs], runs[0]["args"]
     differ = [name for name in first if name not in ASIDE and len({repr(args.get(name)) for args in every}) > 1]
-    for shown in ([name for name in differ if name in AXES], differ):  # first without settings that an axis implies
+    axes, chosen = [name for name in differ if name in AXES], [name for name in differ if name != "threshold"]
+    for shown in (axes, chosen, differ):  # first without settings that others imply, as --ema does --threshold
         variants = {}
         for run, args in zip(runs, every):
-            axes = "-".join(str(args[name]) for name in shown if name in AXES)
+            values = "-".join(str(args[name]) for name in axes)
             words = [worded(name, args[name]) for name in shown if name not in AXES and args[name] != first[name]]
-            variants.setdefault(", ".join(filter(None, [axes, *words])) or args["schedule"], []).append(run)
+            variants.setdefault(", ".join(filter(None, [values, *words])) or args["schedule"], []).append(run)
         if all(len({repr(run["args"][name]) for run in group}) == 1 for group in variants.values() for name in differ):
             break
     for group in variants.values():

@@ -294,6 +294,12 @@ def test_variants_are_named_by_what_varies_and_never_mixed():
     changed = [{}, {"flip": False}, {"balanced_batches": True, "accumulate": 4}, {"warmup_epochs": 2.0}]
     names = list(compare.by_variant([fake(0, **switches | new) for new in changed])[0])
     assert names == ["plateau", "no flip", "balanced batches, accumulate 4", "warmup epochs 2"]
+    plain, averaged = dict(ema=0.0, threshold=1e-4), dict(ema=0.999, threshold=0.04)
+    names = lambda *settings: list(compare.by_variant([fake(0, **one) for one in settings])[0])
+    assert names(plain, averaged) == ["plateau", "ema 0.999"]  # which brings its threshold with it
+    assert names(plain, plain | {"threshold": 0.04}) == ["plateau", "threshold 0.04"]
+    three = names(plain, averaged, averaged | {"threshold": 0.1})
+    assert three == ["plateau", "ema 0.999, threshold 0.04", "ema 0.999, threshold 0.1"]
 
 
 @pytest.mark.parametrize(
