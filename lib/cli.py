@@ -146,8 +146,8 @@ class Parser(argparse.ArgumentParser):
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
             word = flags[0].strip("-").replace("_", "-")
             here = self._option_string_actions
-            ours = [flag for flag, others in ELSEWHERE.items() if flag in here and word in others.split()]
-            meant = f" (did you mean {ours[0]}?)" if ours else guess(flags[0], here)
+            ours = next((flag for flag, others in ELSEWHERE.items() if word in others.split()), None)
+            meant = guess(flags[0], here) if not ours else f" (did you mean {ours}?)" if ours in here else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return known
 

@@ -52,6 +52,8 @@ def run(configs, train):
         except BadInput as e:  # the other runs can still be made
             print(f"error: {folder.name}: {e}", file=sys.stderr)
             result = 2
+        except KeyboardInterrupt:
+            result = 130
         if result == 130:
             print("the same command goes on with the comparison", file=sys.stderr)
             return result
@@ -64,7 +66,7 @@ def run(configs, train):
 
 
 def unfinished(config, folder):
-    """The config that makes the run of `folder`, or goes on with it; None if the run is finished.
+    """The config that makes the run of `folder`, or goes on with it; None if the run, or its range test, is finished.
 
     Raises BadInput if the folder holds a run with other settings, or anything else.
     """
@@ -83,7 +85,7 @@ def unfinished(config, folder):
     here = {name: getattr(config, name) for name in MACHINE if name not in ("resume", "lr_find_only", "open")}
     changed = {name: value for name, value in here.items() if value != getattr(before, name)}
     goes_on = resumed({"resume": str(folder), **changed})
-    if config.lr_find_only and "lr_suggestions" in read_json(folder / "env.json"):
+    if config.lr_find_only and "lr" in read_json(folder / "env.json"):
         print(f"{folder}: is there", flush=True)
         return None
     return dataclasses.replace(goes_on, lr_find_only=config.lr_find_only)
@@ -115,12 +117,18 @@ def worded(name, value):
     return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
 
 
+def implied(args, name):
+    """What the setting `name` is if only the other `args` are given: --ema, for instance, implies a --threshold."""
+    return getattr(Config(**{k: v for k, v in args.items() if k in FIELDS and k != name}), name)
+
+
 def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and those settings."""
     every, first = [run["args"] for run in runs], runs[0]["args"]
     differ = [name for name in first if name not in ASIDE and len({repr(args.get(name)) for args in every}) > 1]
-    axes, chosen = [name for name in differ if name in AXES], [name for name in differ if name != "threshold"]
-    for shown in (axes, chosen, differ):  # first without settings that others imply, as --ema does --threshold
+    axes = [name for name in differ if name in AXES]
+    chosen = [name for name in differ if any(args[name] != implied(args, name) for args in every)]
+    for shown in (axes, chosen, differ):
         variants = {}
         for run, args in zip(runs, every):
             values = "-".join(str(args[name]) for name in axes)

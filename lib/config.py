@@ -94,7 +94,7 @@ class Config:
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
-    keep: Literal["auto", *KEEP] = option("auto", "which epoch is kept; auto: valid_acc, valid_loss if valid is small")
+    keep: Literal["auto", *KEEP] = option("auto", "epoch to keep; auto: valid_acc, or valid_loss if valid is small")
     stop_after: int = option(0, "stop after so many epochs without a better --monitor; 0: never", low=0)
     patience_epochs: int | Auto = option("auto", "bad epochs that plateau forgives; auto: a tenth of all", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
@@ -215,7 +215,8 @@ def check_one(field, value):
     with suppress(TypeError, ValueError, OverflowError):
         if kind in (int, float) and not isinstance(value, bool):
             number = kind(value)
-            if number == float(value) and low <= number <= (math.inf if high is None else high) and number < math.inf:
+            most = math.inf if high is None else high
+            if number in (value, float(value)) and low <= number <= most and number < math.inf:
                 return number
         elif kind in (str, bool) and isinstance(value, kind) and (kind is bool or is_text(value)):
             if field.name in PATHS and os.path.expanduser(value).startswith("~"):

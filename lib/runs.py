@@ -159,7 +159,8 @@ def logger(kind, folder):
         try:
             log(rows[-1])
         except Exception as e:
-            print(f"warning: --log {kind}: has no epoch {rows[-1]['epoch']} ({one_line(e)})", file=sys.stderr)
+            fault = one_line(e)[:300]
+            print(f"warning: --log {kind}: epoch {rows[-1]['epoch']} was not logged ({fault})", file=sys.stderr)
 
     return attempt
 

@@ -56,8 +56,9 @@ def app(predict, name):
         return HTMLResponse(TEMPLATE.read_text(encoding="utf-8"))
 
     async def look(request):
-        if request.headers.get("origin", here := f"http://{request.headers['host']}") != here:
-            return JSONResponse({"error": "this is not asked by the page of this server"}, 403)
+        host = request.headers["host"]
+        if request.headers.get("origin", f"http://{host}").partition("://")[2] != host:
+            return JSONResponse({"error": f"the request comes from another page; open http://{host}"}, 403)
         content = bytearray()
         async for part in request.stream():
             content += part

@@ -298,6 +298,7 @@ def test_variants_are_named_by_what_varies_and_never_mixed():
     names = lambda *settings: list(compare.by_variant([fake(0, **one) for one in settings])[0])
     assert names(plain, averaged) == ["plateau", "ema 0.999"]  # which brings its threshold with it
     assert names(plain, plain | {"threshold": 0.04}) == ["plateau", "threshold 0.04"]
+    assert names(averaged | {"flip": True}, averaged | {"threshold": 0.1, "flip": False})[1] == "threshold 0.1, no flip"
     three = names(plain, averaged, averaged | {"threshold": 0.1})
     assert three == ["plateau", "ema 0.999, threshold 0.04", "ema 0.999, threshold 0.1"]
 

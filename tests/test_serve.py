@@ -68,8 +68,9 @@ def test_it_takes_no_photo_from_another_page(predictor):
     client = TestClient(serve.app(predictor, "x"), base_url="http://localhost:8000")
     for origin in ("http://evil.example", "http://localhost:9000", "null"):
         reply = client.post("/predict", content=b"", headers={"origin": origin})
-        assert reply.status_code == 403 and "not asked by the page" in reply.json()["error"]
-    assert client.post("/predict", content=b"", headers={"origin": "http://localhost:8000"}).status_code == 400
+        assert reply.status_code == 403 and "comes from another page; open http://loc" in reply.json()["error"]
+    for origin in ("http://localhost:8000", "https://localhost:8000"):  # the second: behind a proxy
+        assert client.post("/predict", content=b"", headers={"origin": origin}).status_code == 400
 
 
 def test_the_command_wants_images_or_a_port_that_is_free(run, capsys, monkeypatch):

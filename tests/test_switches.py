@@ -76,6 +76,7 @@ def test_only_one_mixture_at_a_time(refused, photos):
 
 @pytest.mark.parametrize("method", settings.CAMS)
 def test_methods_are_grad_cams_own(method):
+    assert gradcam.METHODS[method].lower() == method.replace("++", "plusplus")
     torch.manual_seed(0)
     model, images, targets = zoo.build("medium", 5).eval(), torch.randn(3, 3, 32, 32), [0, 4, 2]
     cam = getattr(pytorch_grad_cam, gradcam.METHODS[method])(model, [model.cam_layer])

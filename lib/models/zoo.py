@@ -186,6 +186,7 @@ def check_batches(model, config, sizes, n, size, ranks=1):
         larger = next((batch for batch in range(config.batch_size + 1, n + 1) if not leaves_one(batch)), None)
         remedy = f"pass another, such as {larger}" if larger else "add images, or pass another --model"
         grown = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
+        remedy = "pass another, or another --max-batch-size" if grown else remedy
         raise BadInput(
             f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{grown}, on which the "
             f"BatchNorm of {config.model} cannot be trained at {size} pixels; {remedy}"

@@ -47,12 +47,17 @@ VARIANTS = {
     "noise 1e-4 on plateaus": ["--grad-noise", "1e-4", "--perturb-on-plateau"],
     **TUNED,
 }
-# group: its question, and its variants. The first is what the others are compared with: SGD, momentum 0.9, plateau.
+# group: its question, and its variants (SGD with momentum 0.9 under plateau, unless they say otherwise). The others are
+# compared with the first.
 GROUPS = {
     "schedules": (
         "Does a constant rate stall, where plateau goes on? Does an average of the weights make up for it? "
         "Does one cycle, or a warm-up, end higher in the same 30 epochs?",
         ["plateau", "constant", "constant, averaged", "one cycle", "warm-up"],
+    ),
+    "averaging": (
+        "Does an average of the weights help at a constant rate?",
+        ["constant", "constant, averaged"],
     ),
     "batches": (
         "Is growing the batch as good as lowering the rate? Are larger batches, with less noise, worse? "
