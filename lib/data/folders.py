@@ -177,7 +177,8 @@ def find_sets(root, tell=False):
     for kind in ("train", "valid", "test"):
         for folder in found[kind]:
             if folder.is_symlink():
-                raise BadInput(f"{folder}: is a link, and none is followed; cp -rL {root} COPY makes folders of links")
+                remedy = f"cp -rL {root} COPY makes folders of links"
+                raise BadInput(f"{folder}: is a link, and links are not followed; {remedy}")
             if kind in sets:
                 raise BadInput(f"{root}: has both {found[kind][0].name}/ and {folder.name}/; keep one")
             sets[kind] = unwrapped(folder)
