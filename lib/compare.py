@@ -17,7 +17,6 @@ from lib import report as pages
 from lib.cli import BadInput, Parser, command, one_line, printable, read_json
 from lib.config import AXES, BEHIND_TEST, FIELDS, MACHINE, Config, read_file, resumed
 from lib.machine import launched
-from lib.report import DISTURBED
 from lib.runs import write, write_csv, write_figure
 
 COLUMNS = """variant seed fold test_acc last_test_acc last_train_acc valid_acc best_epoch epochs_to_target
@@ -161,7 +160,7 @@ def on_all_images(runs):
 
 def disturbed(run):
     """Whether other processes used so much of the machine that the seconds of a run are no good measure."""
-    return (run["summary"].get("other_load") or 0) > DISTURBED
+    return (run["summary"].get("other_load") or 0) > pages.DISTURBED
 
 
 def interval(scores, base):
@@ -267,7 +266,7 @@ def remarks(runs, missing, differ):
     if "test" in {run["summary"]["chosen_on"] for run in runs}:
         notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
     if any(map(disturbed, runs)):
-        notes.append(f"*: other programs took more than {DISTURBED} cores meanwhile, so the seconds are too many.")
+        notes.append(f"*: other programs took more than {pages.DISTURBED} cores, so the seconds are too many.")
     if folds:
         small = "deviations and intervals over them are too small (Nadeau & Bengio, 2003)"
         notes.append(f"Folds share training images, so {small}.")

@@ -9,6 +9,11 @@ from lib.cli import duration, until
 from lib.train.plateau import ReduceLROnPlateau, StopEarly
 
 
+def bar_of(shown, **options):
+    """tqdm's bar over batches; on a terminal alone, and only if it is `shown`."""
+    return tqdm(unit="batch", leave=False, mininterval=0.2, disable=None if shown else True, **options)
+
+
 class EpochLines(Callback):
     """A line an epoch; on a terminal a bar over its batches as well."""
 
@@ -23,8 +28,7 @@ class EpochLines(Callback):
 
     def before_train(self):
         desc = f"epoch {self.epoch + 1}/{self.n_epoch}"
-        options = dict(unit="batch", leave=False, mininterval=0.2, disable=None if self.bar else True)
-        self.tqdm = tqdm(total=len(self.dls.train), initial=self.learn.first_batch, desc=desc, **options)
+        self.tqdm = bar_of(self.bar, total=len(self.dls.train), initial=self.learn.first_batch, desc=desc)
 
     def after_batch(self):
         if self.training:
@@ -68,9 +72,8 @@ class RangeTestLines:
         bar=True,  # whether a bar may be drawn; it is drawn where stderr is a terminal
         pause=30,
     ):
-        options = dict(unit="batch", leave=False, mininterval=0.2, disable=None if bar else True)
-        self.tqdm = tqdm(total=most, desc="range test", **options)
-        self.most, self.pause, self.said = most, pause, time.perf_counter()
+        self.tqdm = bar_of(bar, total=most, desc="range test")
+        self.pause, self.said = pause, time.perf_counter()
 
     def after_update(self, done, loss):
         """To be called after each update with how many there were, and its loss."""
@@ -78,7 +81,7 @@ class RangeTestLines:
         self.tqdm.set_postfix(loss=f"{loss:.3f}")
         if self.tqdm.disable and time.perf_counter() - self.said >= self.pause:
             self.said = time.perf_counter()
-            print(f"range test: {done} of {self.most} batches, loss {loss:.4f}", flush=True)
+            print(f"range test: {done} of {self.tqdm.total} batches, loss {loss:.4f}", flush=True)
 
 
 def time_left(rows, n_epoch):
