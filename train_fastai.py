@@ -145,7 +145,8 @@ def fit(learn, config, run, past, lr, start):
         complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))
         return 3
     except checkpoint.Interrupted:
-        complain(f"interrupted and saved; go on with: {shlex.join([sys.argv[0], '--resume', str(run.path)])}")
+        go_on = shlex.join(["uv", "run", sys.argv[0], "--resume", str(run.path)])
+        complain(f"interrupted and saved; go on with: {go_on}")
         return 130
     finally:
         ranks.on_first(report.write)(run.path)  # however it ended: the page renews itself no more

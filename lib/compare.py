@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +118,12 @@ def worded(name, value):
 
 
 def implied(args, name):
-    """What the setting `name` is if only the other `args` are given: --ema, for instance, implies a --threshold."""
-    return getattr(Config(**{k: v for k, v in args.items() if k in FIELDS and k != name}), name)
+    """What the setting `name` is if only the other `args` are given: --ema, for instance, implies a --threshold.
+
+    None if the others are refused without it: --freeze-epochs, for instance, needs --pretrained.
+    """
+    with suppress(BadInput):
+        return getattr(Config(**{k: v for k, v in args.items() if k in FIELDS and k != name}), name)
 
 
 def by_variant(runs):
@@ -130,9 +135,9 @@ def by_variant(runs):
     for shown in (axes, chosen, differ):
         variants = {}
         for run, args in zip(runs, every):
-            values = "-".join(str(args[name]) for name in axes)
+            values = [str(v) if isinstance(v := args[name], str) else worded(name, v) for name in axes]
             words = [worded(name, args[name]) for name in shown if name not in AXES and args[name] != first[name]]
-            variants.setdefault(", ".join(filter(None, [values, *words])) or args["schedule"], []).append(run)
+            variants.setdefault(", ".join([*values, *words]) or args["schedule"], []).append(run)
         if all(len({repr(run["args"][name]) for run in group}) == 1 for group in variants.values() for name in differ):
             break
     for group in variants.values():

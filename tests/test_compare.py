@@ -278,6 +278,9 @@ def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_
     assert main(argv(bands, tmp_path, *different, "--seeds", "0")) == 0 and len(tests) == 5
 
 
+PRETRAINED = {"pretrained": "torchvision", "freeze_epochs": 1}
+
+
 def fake(seed=0, **args):
     known = {"schedule": "plateau", "label_smoothing": 0.0, "momentum": 0.9, **args, "seeds": [seed], "fold": 0}
     return {"args": known, "folder": f"{args}-{seed}"}
@@ -299,6 +302,19 @@ def test_variants_are_named_by_what_varies_and_never_mixed():
     assert names(plain, averaged) == ["plateau", "ema 0.999"]  # which brings its threshold with it
     assert names(plain, plain | {"threshold": 0.04}) == ["plateau", "threshold 0.04"]
     assert names(averaged | {"flip": True}, averaged | {"threshold": 0.1, "flip": False})[1] == "threshold 0.1, no flip"
+    runs = [fake(0, momentum=m, lr=lr) for m in (0.9, 0.0) for lr in (0.1, 1.0)]
+    assert list(compare.by_variant(runs)[0])[:2] == ["momentum 0.9, lr 0.1", "momentum 0.9, lr 1"]
+    for first, second, name in (  # settings that are refused one by one
+        ({"model": "resnet18", **PRETRAINED}, {"model": "resnet34", **PRETRAINED}, "resnet34"),
+        ({"pretrained": "", "freeze_epochs": 0}, PRETRAINED, "pretrained torchvision"),
+        (
+            {"grad_noise": 0.1, "perturb_on_plateau": True},
+            {"grad_noise": 0.0, "perturb_on_plateau": False},
+            "no perturb",
+        ),
+        ({"folds": 5}, {"folds": 10}, "folds 10"),
+    ):
+        assert name in names({"model": "resnet18"} | first, {"model": "resnet18"} | second)[1]
     three = names(plain, averaged, averaged | {"threshold": 0.1})
     assert three == ["plateau", "ema 0.999, threshold 0.04", "ema 0.999, threshold 0.1"]
 

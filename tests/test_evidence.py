@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from lib.config import parse
 from tests.benchmarks import evidence
 
 
@@ -15,9 +16,11 @@ def options(tmp_path):
     return SimpleNamespace(out=tmp_path, runs=tmp_path / "runs", **names)
 
 
-def finished(folder, **summary):
+def finished(folder, words=(), precision="bf16", **summary):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.yaml").write_text(yaml.safe_dump({"epochs": 30, "data": "cifar10"}))
+    settings = parse([*evidence.COMMON, "--epochs", "30", *words]).to_dict()
+    (folder / "args.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "env.json").write_text(json.dumps(dict.fromkeys(evidence.SAME, "the same") | {"precision": precision}))
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -59,10 +62,15 @@ def test_best_rates_are_compared_with_each_other(options, monkeypatch):
 
 
 def test_what_is_finished_is_not_run_again_and_must_be_the_same(options):
-    folder = finished(options.out / "runs/warm-up-s0")
-    assert evidence.run(options, "warm-up", [], 30, "0") == folder
-    with pytest.raises(SystemExit, match="has 30 epochs of cifar10; pass another --out"):
-        evidence.run(options, "warm-up", [], 10, "0")
+    words = ["--warmup-epochs", "2"]
+    folder = finished(options.out / "runs/warm-up-s0", words)
+    assert evidence.run(options, "warm-up", words, 30, "0") == folder
+    for other, epochs, name in ((words, 10, "epochs"), (["--warmup-epochs", "3"], 30, "warmup_epochs")):
+        with pytest.raises(SystemExit, match=f"warm-up-s0: differs in {name}.*; pass another --out"):
+            evidence.run(options, "warm-up", other, epochs, "0")
+    finished(options.out / "runs/warm-up-s1", [*words, "--seeds", "1"], precision="float32")
+    with pytest.raises(SystemExit, match="warm-up-s1: differs in precision"):
+        evidence.run(options, "warm-up", words, 30, "1")
     (options.out / "runs/noise-s0").mkdir()
     (options.out / "runs/noise-s0/diverged").write_text("")
     assert evidence.run(options, "noise", [], 30, "0") is None

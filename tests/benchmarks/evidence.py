@@ -5,12 +5,12 @@ uv run python -m tests.benchmarks.evidence [--groups schedules …] [--jobs 2]
 A variant is trained by train_fastai.py with one thread, `--jobs` runs at a time, seed by seed. A finished run leaves
 its numbers in OUT/runs, and is not run again: stop this at any time, and the same command goes on. Optimizers and
 momenta run twice: at the rate of their own range test, and at the best rate of a grid. The grid has steps of about 3
-and runs 10 epochs with seed 0; the accuracy on valid chooses. The tables and figures go to OUT (results/evidence).
+and runs 10 epochs of flat_cos with seed 0; the accuracy on valid chooses. (In 10 epochs of plateau, one cut more or
+less counts for more than the rate.) The tables and figures go to OUT (results/evidence).
 """
 
 import argparse
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -22,16 +22,20 @@ import yaml
 
 from lib import compare
 from lib.cli import read_json
+from lib.config import MACHINE, PATHS, parse
 from lib.explain import plots
 from lib.runs import write, write_figure
 
 ROOT = Path(__file__).parent.parent.parent
 COMMON = "--model small --ema 0 --threads 1 --gallery 0 --target 0 --no-progress".split()
-FILES = ("args.yaml", "env.json", "results.csv", "summary.json", "lr_find.csv")
+FILES = ("args.yaml", "env.json", "results.csv", "lr_find.csv")
+SAME = ("data_fingerprint", "precision", "cpu_capability")  # in the env.json of all runs
+ASIDE = (*MACHINE, *PATHS, "name")  # settings that do not make a variant
 RATES = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3)]  # of the grid
 TUNED = {
     **{name: ["--optimizer", name] for name in ("nesterov", "rmsprop", "adagrad", "adam")},
-    **{f"momentum {m}": ["--momentum", m] for m in ("0", "0.75", "0.99")},
+    "momentum 0": ["--momentum", "0", "--lr-high", "100"],  # its best rates are ten times those of momentum 0.9
+    **{f"momentum {m}": ["--momentum", m] for m in ("0.75", "0.99")},
 }
 VARIANTS = {
     "plateau": [],
@@ -39,12 +43,12 @@ VARIANTS = {
     "one cycle": ["--schedule", "one_cycle"],
     "warm-up": ["--warmup-epochs", "2"],
     "constant, averaged": ["--schedule", "constant", "--ema", "0.999"],
-    "growing batch": ["--schedule", "grow_batch"],
+    "growing batch": ["--schedule", "grow_batch", "--max-batch-size", "5000"],  # reached by no more than three cuts
     "batches of 512": ["-b", "512"],
     "balanced": ["--balanced-batches"],
     "noise 1e-6": ["--grad-noise", "1e-6"],
     "noise 1e-4": ["--grad-noise", "1e-4"],
-    "noise 1e-4 on plateaus": ["--grad-noise", "1e-4", "--perturb-on-plateau"],
+    "constant, perturbed": ["--schedule", "constant", "--grad-noise", "1e-2", "--perturb-on-plateau"],
     **TUNED,
 }
 # group: its question, and its variants (SGD with momentum 0.9 under plateau, unless they say otherwise). The others are
@@ -60,21 +64,25 @@ GROUPS = {
         ["constant", "constant, averaged"],
     ),
     "batches": (
-        "Is growing the batch as good as lowering the rate? Are larger batches, with less noise, worse? "
-        "Does it matter that every batch has all classes?",
+        "Is growing the batch as good as lowering the rate? Are larger batches, with less noise and fewer steps in as "
+        "many epochs, worse? Does it matter that every batch has all classes?",
         ["plateau", "growing batch", "batches of 512", "balanced"],
     ),
     "noise": (
         "Does noise on the gradient help, or is the noise of the mini-batches enough?",
-        ["plateau", "noise 1e-6", "noise 1e-4", "noise 1e-4 on plateaus"],
+        ["plateau", "noise 1e-6", "noise 1e-4"],
+    ),
+    "perturbation": (
+        "Does noise in the epoch after a plateau bring a constant rate further?",
+        ["constant", "constant, perturbed"],
     ),
     "momentum": (
         "Which momentum from 0 to 0.99 ends highest, at the rate of its range test and at its best rate?",
         ["plateau", "momentum 0", "momentum 0.75", "momentum 0.99"],
     ),
     "optimizers": (
-        "Is SGD with momentum better on test than Nesterov, RMSProp, Adagrad and Adam, each at its best rate? "
-        "Is its gap between train and test smaller? What do they store?",
+        "Is SGD with momentum better on test than Nesterov, RMSProp, Adagrad and Adam, each at its best rate, all with "
+        "the same L2 penalty? Is its gap between train and test smaller? What do they store?",
         ["plateau", "nesterov", "rmsprop", "adagrad", "adam"],
     ),
 }
@@ -84,14 +92,14 @@ TUNED_GROUPS = ("momentum", "optimizers")
 def run(options, name, words, epochs, seed):
     """Trains a variant with one seed, if that is not done yet. Returns the folder of its numbers; None if it diverged.
 
-    Whatever else goes wrong ends the command, which goes on from there when it is called again.
+    Whatever else goes wrong ends the command, after the runs that have begun. Called again, it goes on from there.
     """
     slug = re.sub("[ ,]+", "-", name)
     folder, numbers = options.runs / f"{slug}-s{seed}", options.out / "runs" / f"{slug}-s{seed}"
     if (numbers / "diverged").exists():
         return None
     if (numbers / "summary.json").exists():
-        return check(options, numbers, epochs)
+        return check(options, numbers, words, epochs)
     given = ["--epochs", epochs, "--seeds", seed, "--out", options.runs, "--name", folder.name]
     given = ["--resume", folder] if (folder / "weights/last.pt").exists() else [*given, *COMMON, *words]
     if given[0] != "--resume":
@@ -105,19 +113,27 @@ def run(options, name, words, epochs, seed):
     if status == 3:
         return write(numbers / "diverged", "")
     if status:
-        os._exit(status)  # of all threads: none may start another run
+        raise SystemExit(f"{options.runs / folder.name}.log: says why")
     numbers.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, numbers / file)
-    return publishable(options, numbers)
+    publishable(options, numbers)
+    write(numbers / "summary.json", (folder / "summary.json").read_text())  # the last: it says that the rest is there
+    return check(options, numbers, words, epochs)
 
 
-def check(options, numbers, epochs):
-    """`numbers`, a finished run's. Ends the command if that run had other epochs or other images."""
-    settings = yaml.safe_load((numbers / "args.yaml").read_text())
-    if settings["epochs"] != epochs or settings["data"] != (options.data or "cifar10"):
-        raise SystemExit(f"{numbers}: has {settings['epochs']} epochs of {settings['data']}; pass another --out")
+def check(options, numbers, words, epochs):
+    """`numbers`, a finished run's. Ends the command if it has other settings than asked for, or other images or numbers
+    than the first run there."""
+    made = yaml.safe_load((numbers / "args.yaml").read_text())
+    given = ["--epochs", epochs, "--seeds", made["seeds"][0], "--data", options.data or "cifar10"]
+    asked = parse([*COMMON, *words, *map(str, given)]).to_dict()
+    differ = [name for name in asked if name not in ASIDE and asked[name] != made[name]]
+    first = read_json(min(numbers.parent.glob("*/summary.json")).with_name("env.json"))
+    differ += [name for name in SAME if read_json(numbers / "env.json")[name] != first[name]]
+    if differ:
+        raise SystemExit(f"{numbers}: differs in {', '.join(differ)}; pass another --out")
     return numbers
 
 
@@ -133,14 +149,14 @@ def publishable(options, numbers):
 
 def score(options, name, words, rate):
     """Valid accuracy after the short run of the grid at `rate`; 0 if it diverged."""
-    given = [*words, "--lr", f"{rate:g}"]
-    numbers = run(options, f"grid {name} {rate:g}", given, options.grid_epochs, options.seeds[0])
+    given = [*words, "--schedule", "flat_cos", "--lr", f"{rate:g}"]
+    numbers = run(options, f"grid {name} {rate:g}", given, options.grid_epochs, 0)
     return read_json(numbers / "summary.json")["valid_acc"] if numbers else 0
 
 
 def best_rate(options, name, words):
     """The rate with the best valid accuracy, of a grid about the range test's rate that grows where its end is best."""
-    first = run(options, name, words, options.epochs, options.seeds[0])
+    first = run(options, name, words, options.epochs, 0)
     found = read_json(first / "summary.json")["lr"] if first else 0.01
     k = min(range(1, len(RATES) - 1), key=lambda i: abs(math.log(RATES[i] / found)))
     tried = {i: score(options, name, words, RATES[i]) for i in (k - 1, k, k + 1)}
@@ -164,6 +180,7 @@ def tables(options, group):
 def gap_and_state(runs):
     """Two bars for each variant: training minus test accuracy after the last epoch; bytes that its optimizer keeps."""
     drawing, ((gap, state),) = plots.axes(13, 5, 1, 2)
+    runs = {name: group for name, group in runs.items() if group}
     for i, group in enumerate(runs.values()):
         gaps = [run["rows"][-1]["train_acc"] - run["rows"][-1]["test_acc"] for run in group]
         gap.plot(gaps, [i] * len(gaps), "o", color=plots.COLOURS[i % len(plots.COLOURS)], alpha=0.6)
@@ -175,11 +192,14 @@ def gap_and_state(runs):
 
 
 def report(options, table, question, finished):
-    """The table and the figures of {variant: [folder of a finished run, …]}."""
+    """The table and the figures of {variant: [folder of a finished run; None if it diverged, …]}."""
     out = options.out / table
     out.mkdir(parents=True, exist_ok=True)
+    lost = {name: f"{folders.count(None)} of {len(folders)}" for name, folders in finished.items() if None in folders}
+    finished = {name: list(filter(None, folders)) for name, folders in finished.items()}
     compare.report([folder for folders in finished.values() for folder in folders], out)
-    write(out / "question.md", question + "\n")
+    diverged = [f"\nDiverged, and left out of the table: {n} runs of {name}.\n" for name, n in lost.items()]
+    write(out / "question.md", "".join([question, "\n", *diverged]))
     if table.startswith("optimizers"):
         runs = {name: [compare.load(folder) for folder in folders] for name, folders in finished.items()}
         write_figure(out / "gap.png", gap_and_state(runs))
@@ -206,7 +226,7 @@ def main():
                 done = list(pool.map(lambda job: run(options, *job[:2], options.epochs, job[2]), todo))
             finished = {}
             for (name, _, _), numbers in zip(todo, done):
-                finished.setdefault(name, []).extend([numbers] * (numbers is not None))
+                finished.setdefault(name, []).append(numbers)
             report(options, table, question, finished)
 
 
