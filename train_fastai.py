@@ -19,7 +19,7 @@ from lib import config as settings
 
 
 def main(argv=None):
-    """Runs the command line `argv`; returns the exit status: 0, 2 bad input, 3 diverged, 130 interrupted."""
+    """Runs the command line `argv`. Returns 0, 1 (a rank is lost), 2 (bad input), 3 (diverged) or 130 (interrupted)."""
     cli.prepare_output()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(cli.Lasting, streams)  # a run outlives its reader
@@ -88,7 +88,7 @@ def train(config, tested=None):
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
         make = functools.partial(runs.reopen, config) if config.resume else functools.partial(runs.start, asked)
-        run = ranks.on_first(make, runs.Elsewhere())(**facts)
+        run = ranks.on_first(make, runs.NOWHERE)(**facts)
         lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past, tested))
         return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
 
@@ -127,13 +127,13 @@ def fit(learn, config, run, past, lr, start):
     from lib.explain import evaluate
     from lib.train import averaging, checkpoint, progress, ranks, recorder
 
-    save_weights = functools.partial(runs.write, run / "weights/best.safetensors")
+    save_weights = functools.partial(runs.write, run.path / "weights/best.safetensors")
     best = averaging.KeepBest(save_weights if ranks.leads() else None, config.keep)
-    saved = checkpoint.Checkpoint(run / "weights/last.pt", past, config.checkpoint_seconds)
+    saved = checkpoint.Checkpoint(run.path / "weights/last.pt", past, config.checkpoint_seconds)
     complain = ranks.on_first(lambda text: print(text, file=sys.stderr))
     try:
         lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
-        learn.add_cbs([best, saved, *lines, *ranks.callbacks()])
+        learn.add_cbs([best, saved, *lines] + [ranks.DataParallel()] * (ranks.world() > 1))
         began = time.perf_counter()
         with saved.signals():
             training.fit(learn, config, lr)

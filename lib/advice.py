@@ -44,11 +44,8 @@ def overfitted(run):
         flags.insert(0, f"`--cutout {16 if args['cutout'] >= 8 else 8}`")
     flags += [] if args["mixup"] or args["cutmix"] else ["`--mixup 0.4`"]
     numbers = f"train {train:.4f} in the kept epoch; test {summary['test_acc']:.4f}, its interval ends at {high:.4f}"
-    return (
-        train - high > 0.03,
-        numbers,
-        f"Make the images harder to learn by heart: {', '.join(flags)}; or more images.",
-    )
+    text = f"Make the images harder to learn by heart: {', '.join(flags)}; or more images."
+    return train - high > 0.03, numbers, text
 
 
 def rise(run):

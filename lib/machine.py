@@ -55,9 +55,7 @@ def cores():
 def busy_seconds():
     """(seconds of work of all programs so far on the cores that this process may use, of this one, number of cores).
 
-    None if not on Linux.
-
-    Programs with a lower priority (`nice`) give way to this one, so their work does not count.
+    None if not on Linux. Programs with a lower priority (`nice`) give way to this one, so their work does not count.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
@@ -170,13 +168,8 @@ def set_threads(config):
     """
     import torch
 
-    most = min(torchs_threads(), cores())
-    if config.threads != "auto":
-        torch.set_num_threads(config.threads)
-    elif launched():
-        torch.set_num_threads(max(1, cores() // on_this_machine()))
-    else:
-        torch.set_num_threads(most)
+    auto = max(1, cores() // on_this_machine()) if launched() else min(torchs_threads(), cores())
+    torch.set_num_threads(auto if config.threads == "auto" else config.threads)
     return torch.get_num_threads()
 
 

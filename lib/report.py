@@ -9,7 +9,6 @@ times the rest of the page. Needs neither torch nor numpy.
 
 import base64
 import csv
-import dataclasses
 import html
 import io
 import json
@@ -23,12 +22,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import yaml
-from yaml import YAMLError
 
 from lib import runs
 from lib.advice import advice, wilson
 from lib.cli import BadInput, Parser, command, duration, one_line, printable, read_json
-from lib.config import Config, flag_of
+from lib.config import FIELDS, Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
@@ -40,7 +38,7 @@ OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: 
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 DISTURBED = 0.25  # if other programs used more cores than this, the seconds of the run are marked
 # what a reader of damaged files meets
-DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, YAMLError
+DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError
 MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
 
 
@@ -141,21 +139,17 @@ def settings(args, env):
     sets = ", ".join(f"{n:,} {name}" for name, n in env["images"].items())
     source = f"range test, {args['lr_suggest']}" if args["lr"] == "find" else "as given"
     device = f" ({env['device_name']})" if env["device_name"] != env["device"] else ""
+    plans = ", or ".join(f"{name} for {epochs} epochs" for name, (epochs, _) in env.get("choices", {}).items())
     return [
         ["data", f"{args['data']}: {sets}; {len(env['classes'])} classes, {env['size']} x {env['size']} pixels"],
         ["network", f"{args['model']}, {env['params']:,} parameters"],
         ["learning rate", f"{env['lr']:.4g} ({source}), {args['schedule']}" if "lr" in env else args["schedule"]],
         ["optimizer", f"{args['optimizer']}, momentum {args['momentum']:g}, weight decay {args['weight_decay']:g}"],
         ["batches, epochs", f"{env.get('batch_size', args['batch_size'])} images, {args['epochs']} epochs"],
-        *([["chosen for", f"{env['minutes']:g} minutes: {choices(env)}"]] if "choices" in env else []),
+        *([["chosen for", f"{env['minutes']:g} minutes: {plans}"]] if plans else []),
         ["seed", " ".join(map(str, args["seeds"]))],
         ["computed on", f"{env['device']}{device}, {env['precision']}, {env['threads']} threads"],
     ]
-
-
-def choices(env):
-    """What `--minutes` chose among, as text."""
-    return ", or ".join(f"{name} for {epochs} epochs" for name, (epochs, _) in env["choices"].items())
 
 
 def mistakes(folder):
@@ -205,7 +199,7 @@ def train_batch(path):
 def of_run(folder, live):
     """What the page shows of a run, finished or not."""
     asked = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
-    args = {**{f.name: f.default for f in dataclasses.fields(Config)}, **asked}
+    args = {**{name: field.default for name, field in FIELDS.items()}, **asked}
     env, rows = read_json(folder / "env.json"), columns(folder / "results.csv")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
     n, cuts, note = len(rows.get("epoch", [])), [], ""

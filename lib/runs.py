@@ -1,5 +1,6 @@
 """The run folder. Every file in it is whole or absent: written beside itself, synced, renamed."""
 
+import base64
 import csv
 import io
 import itertools
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -77,6 +79,13 @@ def write_figure(path, figure):
     write(path, png.getvalue())
 
 
+def data_uri(image, kind="png"):
+    """A PIL image as text that a page shows without a file; `kind` is png or jpeg."""
+    file = io.BytesIO()
+    image.save(file, kind, quality=85)  # PNG ignores the quality
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 @contextmanager
 def whole_folder(path, pick=lambda part: part):
     """`with whole_folder(path) as part:` fill `part`; `pick(part)` becomes `path` if all goes well, or nothing does."""
@@ -109,13 +118,7 @@ class Run:
         write_json(self / "env.json", self.env)
 
 
-class Elsewhere:
-    """The run on a rank that writes nothing: it has no paths."""
-
-    path = None
-
-    def __truediv__(self, name):
-        return None
+NOWHERE = SimpleNamespace(path=Path())  # the run, on a rank that writes nothing
 
 
 def check_log(kind):

@@ -4,8 +4,6 @@ It is started by `python -m lib.predict RUN --serve`. The server is Starlette, w
 machine alone, under its own name alone, and takes photos from its own page alone.
 """
 
-import base64
-import io
 import socket
 from pathlib import Path
 
@@ -13,17 +11,11 @@ import numpy as np
 from PIL import Image
 
 from lib.cli import BadInput
+from lib.runs import data_uri
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_BYTES = 50_000_000  # of a photo
 SHOWN = 10  # classes of each photo
-
-
-def picture(pixels):
-    """(h, w, 3) uint8 pixels as the data URI of a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def answer(predict, content):
@@ -39,8 +31,8 @@ def answer(predict, content):
     over = 0.45 * pixels[0] + 0.55 * 255 * colormaps["inferno"](cam)[..., :3]
     return {
         "classes": [[predict.classes[k], float(p[0, k])] for k in best[:SHOWN]],
-        "image": picture(pixels[0]),
-        "map": picture(over.round().astype(np.uint8)),
+        "image": data_uri(Image.fromarray(pixels[0])),
+        "map": data_uri(Image.fromarray(over.round().astype(np.uint8))),
     }
 
 

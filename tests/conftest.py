@@ -1,10 +1,15 @@
 import hashlib
 import math
 import os
+import shutil
+import signal
 import socket
 import sys
+import tempfile
+import threading
 import traceback
 
+os.environ["FASTAI_HOME"] = tempfile.mkdtemp()  # where fastai keeps data sets: what lies in ~/.fastai must not matter
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["MPLBACKEND"] = "agg"  # a notebook's terminal hands on its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, a thread each
@@ -23,6 +28,10 @@ from train_fastai import main
 
 # the options of a run of a second
 SMALL = ("--size", 16, "--model", "small", "-b", 8, "--epochs", 1, "--lr", 0.05, "--gallery", 2)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["FASTAI_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
@@ -198,4 +207,9 @@ def on_ranks(n, job, path):
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    late = threading.Timer(120, lambda: [os.kill(child, signal.SIGKILL) for child in children])  # gloo waits for hours
+    late.start()
+    try:
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    finally:
+        late.cancel()

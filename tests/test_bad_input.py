@@ -126,7 +126,7 @@ def test_ghostscript_is_never_asked(tmp_path, monkeypatch):
 
 FRAMES = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
 clear = FRAMES[0].quantize(4)
-HANDLED = {  # name of the file: (content, mean colour)
+HANDLED = {  # name of the file: (content, or what makes it, mean colour)
     "animated.gif": (encoded(FRAMES[0], "gif", save_all=True, append_images=FRAMES[1:]), (255, 0, 0)),
     "animated.png": (encoded(FRAMES[0], "png", save_all=True, append_images=FRAMES[1:]), (255, 0, 0)),
     "animated.webp": (encoded(FRAMES[0], "webp", save_all=True, append_images=FRAMES[1:], lossless=True), (255, 0, 0)),
@@ -147,8 +147,8 @@ HANDLED = {  # name of the file: (content, mean colour)
     "no end.jpg": (encoded(FRAMES[1], "jpeg")[:-2], (0, 0, 254)),
     "no end, progressive.jpg": (encoded(FRAMES[1], "jpeg", progressive=True)[:-2], (0, 0, 254)),
     "no end, padded.jpg": (encoded(FRAMES[1], "jpeg")[:-2] + bytes(9), (0, 0, 254)),
-    "108 megapixels.jpg": (encoded(Image.new("RGB", (12_000, 9_000), "blue"), "jpeg"), (0, 0, 254)),
-    "108 megapixels.png": (encoded(Image.new("L", (12_000, 9_000), 255), "png"), (255, 255, 255)),
+    "108 megapixels.jpg": (lambda: encoded(Image.new("RGB", (12_000, 9_000), "blue"), "jpeg"), (0, 0, 254)),
+    "108 megapixels.png": (lambda: encoded(Image.new("L", (12_000, 9_000), 255), "png"), (255, 255, 255)),
     "avif.avif": (encoded(FRAMES[1], "avif", quality=100), (0, 0, 255)),
     "float.tif": (encoded(Image.fromarray(np.full((20, 20), 0.2, np.float32)), "tiff"), (51, 51, 51)),
     "one pixel.png": (encoded(Image.new("RGB", (1, 1), "lime"), "png"), (0, 255, 0)),
@@ -162,7 +162,7 @@ HANDLED = {  # name of the file: (content, mean colour)
 @pytest.mark.parametrize("name", HANDLED)
 def test_unusual_images_are_read_right(name, tmp_path, capfd):
     content, colour = HANDLED[name]
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content() if callable(content) else content)
     found = store.Store([tmp_path / name], 16, tmp_path)
     assert np.abs(found[0].reshape(-1, 3).mean(0) - colour).max() < 3
     assert capfd.readouterr().err == ""
@@ -435,6 +435,10 @@ def test_few_images_train(tmp_path, capfd):
     argv = ["--data", root, "--out", tmp_path, *SMALL, "--name", "few", "-b", 3, "--size", 20]
     assert main([*map(str, argv)]) == 0
     assert json.loads((tmp_path / "few/env.json").read_text())["images"] == {"train": 4, "valid": 2, "test": 2}
+    capfd.readouterr()
+    assert main([*map(str, argv), "--mixup", "0.4"]) == 2  # fastai's MixUp fails on one image
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "which --mixup cannot mix; pass another, such as 4" in err
 
 
 # --- --bad-images skip -----------------------------------------------------------------------------------------------

@@ -151,13 +151,13 @@ def test_folds_are_runs_of_a_comparison(photos, tmp_path, capsys):
     assert main([*map(str, argv)]) == 0
     rows = rows_of(tmp_path / "x/comparison.csv")
     assert [(row["variant"], row["seed"], row["fold"]) for row in rows] == [
-        (lr, seed, fold) for lr in ("0.02", "0.05") for seed in "01" for fold in "12"
+        (lr, seed, fold) for lr in ("lr 0.02", "lr 0.05") for seed in "01" for fold in "12"
     ]
     text = (tmp_path / "x/comparison.md").read_text()
     assert "different images" not in text and "paired by seed and fold" in text and "too small" in text
     wrong = [len(rows_of(tmp_path / f"x/0.02-s{seed}-f{fold}/mistakes.csv")) for seed in "01" for fold in "12"]
     right = [1 - sum(wrong[i : i + 2]) / 16 for i in (0, 2)]
-    line = next(line for line in text.split("\n") if line.startswith("| 0.02 | 4 | "))
+    line = next(line for line in text.split("\n") if line.startswith("| lr 0.02 | 4 | "))
     assert line.split(" | ")[3] == f"{np.mean(right):.4f} ± {np.std(right, ddof=1):.4f}"
     assert [c.fold for c in config.variants(["--folds", "3", "--fold", "2"])] == [2]
     assert main(["--folds", "1"]) == 2 and main(["--fold", "1"]) == 2

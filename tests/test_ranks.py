@@ -58,7 +58,7 @@ def test_ranks_end_with_the_weights_and_the_record_of_one_process(n, dtype, with
     def job(rank):
         with ranks.joined(torch.device("cpu")):
             assert ranks.world() == n
-            found, own = trained(bands, cache, network, 4, ranks.callbacks(), *options)
+            found, own = trained(bands, cache, network, 4, [ranks.DataParallel()], *options)
             torch.save({"weights": found, "rows": own}, tmp_path / f"{rank}.pt")
 
     assert on_ranks(n, job, tmp_path) == [0] * n, (tmp_path / "rank0.txt").read_text()
@@ -81,7 +81,7 @@ def test_ranks_agree_on_the_statistics_of_batchnorm(ema, bands, cache, tmp_path)
 
     def job(rank):
         with ranks.joined(torch.device("cpu")):
-            found, _ = trained(bands, cache, network, 1, ranks.callbacks(), "--ema", ema)
+            found, _ = trained(bands, cache, network, 1, [ranks.DataParallel()], "--ema", ema)
             torch.save(found, tmp_path / f"{rank}.pt")
 
     assert on_ranks(2, job, tmp_path) == [0, 0], said(tmp_path)

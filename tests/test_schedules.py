@@ -215,6 +215,7 @@ def noise_alone(seed):
     model.weight.grad = torch.zeros_like(model.weight)
     noise = lecture.GradNoise(0.04, seed)
     noise.learn = SimpleNamespace(model=model, scaler=None)
+    noise.before_fit()
     noise.before_step()
     return list(model.parameters())
 

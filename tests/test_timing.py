@@ -11,7 +11,7 @@ from lib.train import progress, timing
 from tests.conftest import state_of
 from train_fastai import main
 
-RECORDED = [path for path in sorted(Path("results").glob("cifar10-*/results.csv"))]
+RECORDED = sorted((Path(__file__).parents[1] / "results").glob("cifar10-*/results.csv"))
 
 
 def test_timing_leaves_no_trace(make):

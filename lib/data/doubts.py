@@ -1,9 +1,9 @@
 """What is worth a look before an hour of training: near copies, classes with few images, images that stand out."""
 
-import functools
 import warnings
 from collections import Counter
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -14,14 +14,14 @@ from lib.runs import write_csv
 ACROSS = "near copies across sets"
 COLUMNS = ("doubt", "file", "detail")
 FEW = 10  # training images of a class; the word of the table says so too
-BITS, LEVELS = 3, 6  # of 64 bits of the hash, and of 255 mean levels of a thumbnail: near copies differ by no more
+BITS, LEVELS = 3, 6  # near copies differ in at most 3 of the hash's 64 bits, and by 6 of 255 levels on average
 PLAIN = 6  # levels of 255: an image that deviates less is nearly of one colour; below twice it, it has little detail
 DRAWN = 0.5  # share of one exact colour, where half of the images have no more than a tenth of it: drawn, not a photo
 SAME, SOLID = 0.01, 1  # mean levels of thumbnails up to which they are equal; deviation of an image of one colour
 FAR = 4  # times as large or small as the median image
 MANY = 10_000  # images above which files are not opened again to look at sizes and colours
 REACH = 300  # neighbours in a band of the hash that are compared
-TOGETHER = 2**18  # pixels whose thumbnails are computed at a time
+
 SETS = ("train", "valid", "test")
 
 
@@ -55,29 +55,12 @@ def prints(store, ids):
     A bit of the hash says whether a patch is darker than the one to its right (Krawetz, dHash).
     """
     hashes, thumbnails = np.empty(len(ids), np.uint64), np.empty((len(ids), 192), np.float32)
-    for rows in groups(store.shapes[ids]):
-        pixels = np.stack([store[i] for i in ids[rows]]).astype(np.float32).swapaxes(1, 3)  # (n, 3, w, h)
-        lines = (pixels @ areas(pixels.shape[3], 8)).swapaxes(2, 3)  # (n, 3, 8, w)
-        grey = (lines @ areas(lines.shape[3], 9)).mean(1)
-        hashes[rows] = np.packbits(grey[..., 1:] > grey[..., :-1] + 0.5, axis=None).view(np.uint64)
-        thumbnails[rows] = (lines @ areas(lines.shape[3], 8)).reshape(len(rows), 192)
+    for row, i in enumerate(ids):
+        pixels = store[i].astype(np.float32)
+        grey = cv2.resize(pixels, (9, 8), interpolation=cv2.INTER_AREA).mean(2)
+        hashes[row] = np.packbits(grey[:, 1:] > grey[:, :-1] + 0.5).view(np.uint64)[0]
+        thumbnails[row] = cv2.resize(pixels, (8, 8), interpolation=cv2.INTER_AREA).ravel()
     return hashes, thumbnails
-
-
-def groups(shapes):
-    """The rows of equal shapes, as many together as make TOGETHER pixels or fewer."""
-    order = np.lexsort(shapes.T)
-    for same in np.split(order, 1 + np.flatnonzero((np.diff(shapes[order], axis=0) != 0).any(1))):
-        most = max(TOGETHER // max(shapes[same[0]].prod(dtype=np.int64), 1), 1)
-        yield from np.split(same, range(most, len(same), most))
-
-
-@functools.cache
-def areas(side, parts):
-    """(side, parts): the share of each of `side` pixels in the mean of each of `parts` equal stretches of them."""
-    starts, ends = np.arange(side)[:, None], np.arange(parts) * side / parts
-    overlap = np.minimum(starts + 1, ends + side / parts) - np.maximum(starts, ends)
-    return np.maximum(overlap, 0).astype(np.float32) * np.float32(parts / side)
 
 
 def pairs(hashes, thumbnails):
@@ -105,7 +88,7 @@ def pairs(hashes, thumbnails):
 
 def deviations(thumbnails):
     """The standard deviation of the most varied channel of each thumbnail, in levels of 255."""
-    return thumbnails.reshape(len(thumbnails), 3, 64).std(2).max(1)
+    return thumbnails.reshape(len(thumbnails), 64, 3).std(1).max(1)
 
 
 def copies(store, ids, place, label, hashes, thumbnails):

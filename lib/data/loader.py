@@ -167,14 +167,10 @@ class StoreDL(TfmdDL):
             if (batch := self.batch_of(part)) is not None:
                 yield batch
 
-    def in_batch(self, i):
-        """The number of images in batch `i`, over all ranks."""
-        return min(self.bs, self.n - i * self.bs)
-
-    def share(self, i):
-        """The number of images in batch `i` that are this rank's; for 0 it makes one that does not count."""
-        n = self.in_batch(i)
-        return n // self.world + (self.rank < n % self.world)
+    def shares(self, i):
+        """How many images of batch `i` are each rank's; a rank with none makes one that does not count."""
+        n = min(self.bs, self.n - i * self.bs)
+        return [n // self.world + (rank < n % self.world) for rank in range(self.world)]
 
     def make_batch(self, idxs):
         """The images `idxs` as a batch of this loader, before batch transforms."""

@@ -1,7 +1,6 @@
 """What a learner learned: the range test's choice, test metrics, confusion, and its mistakes, explained."""
 
 import base64
-import io
 import math
 import time
 
@@ -21,7 +20,7 @@ from lib.config import FEW_VALID
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
-from lib.runs import write, write_csv, write_figure, write_json, write_table
+from lib.runs import data_uri, write, write_csv, write_figure, write_json, write_table
 from lib.train import lr_range
 from lib.train.progress import RangeTestLines
 
@@ -101,24 +100,19 @@ def pictured(rows, gallery, most=100):
 
 def save_gallery(run, rows, images, why, where):
     """Writes gallery.json for report.html: {file: picture as a data URI, and both maps, a byte a point, in base64}."""
-    as_text = lambda content: base64.b64encode(content).decode()
 
     def picture(image):
-        image, file = Image.fromarray(image), io.BytesIO()
+        image = Image.fromarray(image)
         image.thumbnail((160, 160))
-        kind = "png" if max(image.size) <= 64 else "jpeg"  # which would blur what is shown pixel by pixel
-        image.save(file, kind, quality=85)
-        return f"data:image/{kind};base64,{as_text(file.getvalue())}"
+        return data_uri(image, "png" if max(image.size) <= 64 else "jpeg")  # JPEG blurs what is shown pixel by pixel
 
     def small(cam):
         shares = np.asarray(Image.fromarray(cam).resize((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX)).clip(0, 1)
-        return as_text((255 * shares).round().astype(np.uint8).tobytes())
+        return base64.b64encode((255 * shares).round().astype(np.uint8).tobytes()).decode()
 
-    pictures = zip(rows, images, why, where)
-    write_json(
-        run / "gallery.json",
-        {row["file"]: dict(image=picture(image), why=small(a), where=small(b)) for row, image, a, b in pictures},
-    )
+    each = zip(rows, images, why, where)
+    found = {row["file"]: dict(image=picture(image), why=small(a), where=small(b)) for row, image, a, b in each}
+    write_json(run / "gallery.json", found)
 
 
 def save_train_batch(learn, run, most=32):

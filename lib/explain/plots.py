@@ -159,10 +159,8 @@ def confusion_matrix(counts, classes, title):
     ax.grid(False)
     share, diagonal = counts / np.maximum(counts.sum(1, keepdims=True), 1), np.eye(n, dtype=bool)
     worst = max(share[~diagonal].max(initial=0), 0.01)
-    for right, cmap, top, label in (
-        (True, "Blues", 1, "right"),
-        (False, "Oranges", worst, "wrong, on a scale of its own"),
-    ):
+    scales = (True, "Blues", 1, "right"), (False, "Oranges", worst, "wrong, on a scale of its own")
+    for right, cmap, top, label in scales:
         shown = np.ma.masked_where(diagonal != right, share)
         bar = ax.imshow(shown, cmap=cmap, vmin=0, vmax=top)
         figure.colorbar(bar, ax=ax, label=f"share of the true class: {label}", shrink=0.8)

@@ -173,13 +173,16 @@ def load_body(model, name, pretrained):
 def check_batches(model, config, sizes, n, size, ranks=1):
     """Raises BadInput where a batch, or a rank's part of one, is one image, and `model` cannot be trained on one.
 
-    BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image. `sizes`
-    are the batch sizes that the run comes to, `n` counts the training images, of `size` pixels.
+    BatchNorm needs two values a channel; a network that ends in maps of 1 x 1 has one in a batch of one image. fastai's
+    MixUp needs two images. `sizes` are the batch sizes that the run comes to, `n` counts the training images, of `size`
+    pixels.
     """
     leaves_one = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
     if not any(map(leaves_one, sizes)):
         return
     try:
+        if config.mixup:
+            raise ValueError
         with torch.random.fork_rng([]), torch.no_grad():
             copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
     except ValueError:
@@ -187,10 +190,10 @@ def check_batches(model, config, sizes, n, size, ranks=1):
         remedy = f"pass another, such as {larger}" if larger else "add images, or pass another --model"
         grown = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         remedy = "pass another, or another --max-batch-size" if grown else remedy
-        raise BadInput(
-            f"--batch-size {config.batch_size}: of {n} training images a batch of one is left{grown}, on which the "
-            f"BatchNorm of {config.model} cannot be trained at {size} pixels; {remedy}"
-        ) from None
+        fault = f"on which the BatchNorm of {config.model} cannot be trained at {size} pixels"
+        fault = "which --mixup cannot mix" if config.mixup else fault
+        left = f"of {n} training images a batch of one is left{grown}, {fault}"
+        raise BadInput(f"--batch-size {config.batch_size}: {left}; {remedy}") from None
 
 
 def card(name, dls):

@@ -8,19 +8,13 @@ from pathlib import Path
 
 import torch
 from fastai.callback import schedule as _fits  # noqa: F401  (it gives Learner its fits)
-from fastai.callback.core import (
-    Callback,
-    CancelBackwardException,
-    CancelEpochException,
-    CancelStepException,
-    _inner_loop,
-)
+from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
-from fastai.learner import Recorder
+from fastai.learner import CancelBackwardException, CancelEpochException, CancelStepException, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric
 from fastai.optimizer import OptimWrapper

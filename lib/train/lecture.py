@@ -99,7 +99,11 @@ class GradNoise(Callback):
         plateau=None,  # a Plateau that says when
     ):
         self.eta, self.seed, self.monitor, self.plateau = eta, seed, monitor, plateau
-        self.steps, self.on = 0, plateau is None
+
+    def before_fit(self):
+        self.steps, self.on = 0, self.plateau is None
+        if self.plateau:
+            self.plateau._reset()
 
     def before_step(self):
         step, self.steps = self.steps, self.steps + 1

@@ -1,7 +1,5 @@
 """Detecting a plateau, and the learning rate that falls at one."""
 
-from functools import partial
-
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
@@ -9,8 +7,6 @@ from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
 from fastai.callback.tracker import ReduceLROnPlateau as FastaisReduceLROnPlateau
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchsReduceLROnPlateau
-
-COUNTED = ("best", "num_bad_epochs", "cooldown_counter")  # by torch's scheduler
 
 
 class Plateau(TorchsReduceLROnPlateau):
@@ -38,13 +34,6 @@ class Plateau(TorchsReduceLROnPlateau):
 
     def _reduce_lr(self, epoch):
         self.reached = True
-
-    def state_dict(self):
-        return {name: getattr(self, name) for name in COUNTED}
-
-    def load_state_dict(self, state):
-        for name in COUNTED:
-            setattr(self, name, state[name])
 
 
 def plateau_options(config):
@@ -74,10 +63,9 @@ def warm_up(epochs_done, warmup_epochs):
 
 
 class ReduceLROnPlateau(Callback):
-    """Multiplies the learning rate by `factor` where `Plateau` sees one. Same rates as torch's scheduler of that name.
+    """Multiplies the learning rate by `factor` where `Plateau` sees one: the rates of torch's scheduler of that name.
 
-    torch.optim.lr_scheduler.ReduceLROnPlateau is the reference, bad-epoch count and all: with patience 2 the third bad
-    epoch reduces. It is the only owner of the learning rate: raises ValueError beside fastai's schedulers.
+    With patience 2 the third bad epoch reduces. Raises ValueError beside another owner of the learning rate.
     """
 
     order, owns_lr, train_only = 60, True, True
@@ -98,14 +86,15 @@ class ReduceLROnPlateau(Callback):
         if factor >= 1:
             raise ValueError(f"factor must be below 1, not {factor}")
         self.monitor, self.factor, self.min_lr, self.eps = monitor, factor, min_lr, eps
-        self.new_plateau = partial(Plateau, mode, threshold, threshold_mode, patience, cooldown)
-        self.plateau, self.warmup_epochs = self.new_plateau(), warmup_epochs
+        self.plateau = Plateau(mode, threshold, threshold_mode, patience, cooldown)
+        self.warmup_epochs = warmup_epochs
 
     def before_fit(self):
         self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")  # as fastai's trackers
         if self.run:
             check_sole_owner(self.learn)
-            self.plateau, self.reductions, self.warming = self.new_plateau(), [], self.warmup_epochs > 0
+            self.plateau._reset()
+            self.reductions, self.warming = [], self.warmup_epochs > 0
             self.rates = [h["lr"] for h in self.opt.hypers]
 
     def before_batch(self):

@@ -1,6 +1,5 @@
 """Several processes: torchrun starts them, torch's DistributedDataParallel joins their gradients."""
 
-import io
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -79,16 +78,10 @@ def any_of(*flags):
 
 def same(value):
     """The first rank's `value` (tensors, plain values, dicts and lists of them) on every rank."""
-    if world() == 1:
-        return value
-    content = io.BytesIO()
-    if leads():
-        torch.save(value, content)
-    size = torch.tensor([content.tell()])
-    dist.broadcast(size, 0)
-    received = torch.frombuffer(bytearray(content.getvalue() or bytes(int(size))), dtype=torch.uint8)
-    dist.broadcast(received, 0)
-    return torch.load(io.BytesIO(received.numpy().tobytes()), map_location="cpu", weights_only=True)
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"), weights_only=True)
+    return values[0]
 
 
 def gathered(part, sizes):
@@ -108,11 +101,6 @@ def first_alone():
     yield
     if world() > 1 and leads():
         dist.barrier()
-
-
-def callbacks():
-    """What a fit on several ranks needs."""
-    return [DataParallel()] if world() > 1 else []
 
 
 class DataParallel(Callback):
@@ -140,15 +128,14 @@ class DataParallel(Callback):
     def after_pred(self):
         learn = self.learn
         if not learn.training and getattr(learn.dl, "world", 1) > 1:
-            n = learn.dl.in_batch(learn.iter)
-            sizes = [n // world() + (r < n % world()) for r in range(world())]
+            sizes = learn.dl.shares(learn.iter)
             learn.pred, learn.yb = gathered(learn.pred, sizes), tuple(gathered(y, sizes) for y in learn.yb)
 
     def after_loss(self):
         learn = self.learn
         if learn.training:
-            share = learn.dl.share(learn.iter) / learn.dl.in_batch(learn.iter)
-            learn.loss_grad = learn.loss_grad * (share * world())
+            sizes = learn.dl.shares(learn.iter)
+            learn.loss_grad = learn.loss_grad * (sizes[rank()] / sum(sizes) * world())
 
     def after_train(self):
         average = getattr(self.learn, "ema", None)

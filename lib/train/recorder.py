@@ -124,7 +124,7 @@ class EpochRecorder(Recorder):
         hypers = self.opt.hypers[-1]
         self.row = {"epoch": None, "seconds": None, "lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
         self.in_epoch, self.trained, self.evaluated = False, [None] * (1 + len(self.train_scores)), []
-        self.sums, self.pending = [0.0, 0, 0], []  # of losses, of correct predictions, of images
+        self.sums, self.pending, self.latest = [0.0, 0, 0], [], {}  # sums of losses, correct predictions, images
         self.evaluation.before_validate()
         self.computed = False  # whether the batch under way has a loss
 
@@ -153,7 +153,7 @@ class EpochRecorder(Recorder):
             lr, momentum = hypers["lr"], hypers.get("mom", 0.0)
             if learn.iter == 0:
                 self.row |= {"lr": lr, "momentum": momentum}
-            n = learn.dl.share(learn.iter) if learn.parallel else find_bs(learn.yb)
+            n = learn.dl.shares(learn.iter)[ranks.rank()] if learn.parallel else find_bs(learn.yb)
             loss = learn.loss.detach().mean()
             self.pending.append((learn.iter, lr, n, loss, n_correct(learn.pred, learn.yb)))
             self.smooth_loss.accumulate(learn)

@@ -10,7 +10,7 @@ from fastai.callback.core import Callback
 
 from lib.train.lecture import GrowBatchOnPlateau, batch_sizes
 from lib.train.optimizers import maker
-from lib.train.plateau import ReduceLROnPlateau, check_sole_owner, plateau_options, warm_up
+from lib.train.plateau import ReduceLROnPlateau, plateau_options, warm_up
 
 
 class Scheduled(Callback):
@@ -24,9 +24,6 @@ class Scheduled(Callback):
         warmup_epochs=0.0,  # epochs in which the rate is held back
     ):
         self.hypers_after, self.warmup_epochs = hypers, warmup_epochs
-
-    def before_fit(self):
-        check_sole_owner(self.learn)
 
     def before_batch(self):
         if self.training:
@@ -159,7 +156,7 @@ def trace(config, steps_per_epoch, values=None):
         training=True,
         epoch=0,
     )
-    owner.before_fit()
+    getattr(owner, "before_fit", lambda: None)()
     for learn.epoch in range(config.epochs):
         for learn.iter in range(steps_per_epoch):
             owner.before_batch()
