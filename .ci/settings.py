@@ -32,9 +32,11 @@ GROUPS = {  # heading: (settings, notes)
     "Data": (
         "data bad_images valid_pct split_seed folds fold size batch_size balanced_batches",
         """
-        - With `--valid-pct 0` the test set chooses the weights. The summary and every figure then say so.
+        - With `--valid-pct 0` the test set chooses the weights, unless the data has a `valid/` and a `test/`. The
+          summary and every figure then say so.
         - `--folds 5` makes five runs. Each run tests on another fifth of the images
           ([comparing.md](comparing.md)). With `--fold 2` there is one run, which tests on the second fifth.
+        - `--size auto` is the size of its weights for a pretrained network of timm.
         - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
           evaluation, at a random place for training.
         - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
@@ -69,7 +71,8 @@ GROUPS = {  # heading: (settings, notes)
         "lr lr_suggest lr_iters lr_scale lr_high lr_find_on",
         """
         - The range test trains a copy of the network while the rate rises, by default from 1e-5 to 10. It leaves no
-          trace: a run with `--lr find` that finds x equals a run with `--lr x` to the bit.
+          trace: a run with `--lr find` that finds x equals a run with `--lr x` to the bit. With `--accumulate`,
+          `--lr-iters` counts updates.
         - `--lr` is the largest rate of every schedule.
         """,
     ),
@@ -81,7 +84,10 @@ GROUPS = {  # heading: (settings, notes)
           lowers the rate.
         - `grow_batch` grows the batch on a plateau, where `plateau` would lower the rate.
         - On CIFAR-10 the loss must fall by 4% to count as an improvement (`--threshold 0.04`). The loss of averaged
-          weights keeps falling a little. So with a smaller threshold there would hardly ever be a plateau.
+          weights keeps falling a little. So with a smaller threshold there would hardly ever be a plateau. If you use
+          `--ema` on other data, pass `--threshold 0.04` too; the value was chosen on CIFAR-10.
+        - `one_cycle` sets the momentum itself, between `--max-momentum` and `--min-momentum`. `--momentum` then counts
+          in its range test alone. `rmsprop` and `adagrad` have no momentum.
         """,
     ),
     "Augmentation": (
@@ -100,7 +106,11 @@ GROUPS = {  # heading: (settings, notes)
           has by itself. Affinity and the quota of a container limit these cores. On a CPU, a run checks once a second
           how many of them other programs use. It gives up the cores that they keep busy, and takes them again when
           they are free. It says so in a line. If the number of threads changes, the run is not repeatable to the bit.
-          `--threads N` never changes it.
+          `--threads N` never changes it. All this needs Linux, and does not happen with `--workers`, `--compile` or
+          torchrun.
+        - fp16 needs a CUDA device; `--precision auto` never takes it.
+        - `--compile` needs a compiler. On a CPU it needs `--precision float32`. It works in one process only, and not
+          with `--minutes`.
         """,
     ),
     "Output": (
@@ -122,9 +132,10 @@ END = """
 | status | meaning |
 | --- | --- |
 | 0 | the run is done |
-| 2 | bad input or a bad setting; one line on stderr names it |
+| 1 | another process of the run is gone, or an error that nobody has foreseen |
+| 2 | bad input, a bad setting, a disk that cannot be written, too little memory; one line on stderr says which |
 | 3 | the loss is not finite any more; the message names the epoch, the batch and the rate |
-| 130 | interrupted; the last line is the command that goes on |
+| 130 | interrupted; if training had begun, a line names the command that goes on |
 """
 
 
