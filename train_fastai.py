@@ -59,7 +59,7 @@ def train(config, tested=None):
     gc.disable()  # before training there is no garbage, and looking for it takes a fifth of the start
     from lib import data, machine, models, runs
     from lib import train as training
-    from lib.train import averaging, budget, checkpoint, lecture, ranks, timing
+    from lib.train import budget, checkpoint, lecture, ranks, timing
 
     if not gc.get_freeze_count():
         gc.freeze()  # what the imports made is never looked through
@@ -72,7 +72,7 @@ def train(config, tested=None):
             dls = data.get_dls(config, computer.device)
         chosen, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, computer.precision, start))
         config = dataclasses.replace(config, **chosen)
-        asked, config = config, averaging.resolved(config, dls)
+        asked, config = config, data.without_auto(config, dls)
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
         models.cam_layer(model, dls.store.size)  # what cannot be explained is not trained
@@ -132,6 +132,7 @@ def fit(learn, config, run, past, lr, start):
     saved = checkpoint.Checkpoint(run.path / "weights/last.pt", past, config.checkpoint_seconds)
     complain = ranks.on_first(lambda text: print(text, file=sys.stderr))
     try:
+        # the first rank prints and writes the page; the others get []
         lines = ranks.on_first(lambda: [progress.EpochLines(config.progress, report.follow(run, config.log))], [])()
         learn.add_cbs([best, saved, *lines] + [ranks.DataParallel()] * (ranks.world() > 1))
         began = time.perf_counter()

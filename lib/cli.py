@@ -94,7 +94,7 @@ class Lasting:
         try:
             return function(*args)
         except OSError:
-            with suppress(OSError):  # what is still in its buffer must go somewhere
+            with suppress(OSError):  # into which its buffer is flushed without an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -128,7 +128,7 @@ def command(function):
     return main
 
 
-ELSEWHERE = {  # what timm, ultralytics, torchvision and Keras call these settings
+OTHER_NAMES = {  # what timm, ultralytics, torchvision and Keras call these settings
     "--batch-size": "bs batch", "--size": "imgsz img-size input-size image-size", "--lr": "lr0 learning-rate",
     "--patience-epochs": "patience", "--weight-decay": "wd", "--model": "arch backbone network", "--optimizer": "opt",
     "--schedule": "sched scheduler lr-scheduler", "--epochs": "epoch num-epochs", "--seeds": "seed random-seed",
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
             word = flags[0].strip("-").replace("_", "-")
             here = self._option_string_actions
-            ours = next((flag for flag, others in ELSEWHERE.items() if word in others.split()), None)
+            ours = next((flag for flag, others in OTHER_NAMES.items() if word in others.split()), None)
             meant = guess(flags[0], here) if not ours else f" (did you mean {ours}?)" if ours in here else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return known

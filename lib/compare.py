@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 
 from lib import report as pages
 from lib.cli import BadInput, Parser, command, one_line, printable, read_json
-from lib.config import AXES, BEHIND_TEST, FIELDS, MACHINE, Config, read_file, resumed
+from lib.config import AXES, FIELDS, MACHINE, NOT_IN_RANGE_TEST, Config, read_file, resumed
 from lib.machine import launched
 from lib.runs import write, write_csv, write_figure
 
@@ -25,8 +25,8 @@ COLUMNS = """variant seed fold test_acc last_test_acc last_train_acc valid_acc b
 # numbers that a summary must have
 NEEDED = """test_acc last_test_acc valid_acc best_epoch epochs_to_target seconds_to_target train_seconds lr
     optimizer_state_bytes target""".split()
-FREE = (*MACHINE, "out")  # settings that may change while a comparison goes on
-ASIDE = (*FREE, "seeds", "fold", "name", "gallery", "cam")  # settings in which the runs of one variant may differ
+MAY_CHANGE = (*MACHINE, "out")  # settings that may change while a comparison goes on
+UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam")  # in these the runs of a variant may differ
 
 
 def run(configs, train):
@@ -42,7 +42,7 @@ def run(configs, train):
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
     tested = {}  # settings that a range test depends on -> the first run folder with them
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
-        same = repr([getattr(config, name) for name in FIELDS if name not in (*BEHIND_TEST, *MACHINE)])
+        same = repr([getattr(config, name) for name in FIELDS if name not in (*NOT_IN_RANGE_TEST, *MACHINE)])
         if not (config := unfinished(config, folder)):
             tested.setdefault(same, folder)
             continue
@@ -77,7 +77,7 @@ def unfinished(config, folder):
     before = Config(**read_file(folder / "args.yaml"))
     for name in FIELDS:
         value, made_with = getattr(config, name), getattr(before, name)
-        if name not in FREE and value != made_with:
+        if name not in MAY_CHANGE and value != made_with:
             raise BadInput(f"{folder}: was made with {name} {made_with}, not {value}; pass another --name")
     if (folder / "summary.json").exists():
         print(f"{folder}: is finished", flush=True)
@@ -101,6 +101,7 @@ def load(folder):
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(f)]
+        # read once here, so that what is missing or no number is named now
         [float(summary[name] or 0) for name in NEEDED], float(summary.get("other_load") or 0)
         summary["mistakes"], env["images"]["test"]
         summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"], rows[0]["train_acc"]
@@ -129,7 +130,7 @@ def implied(args, name):
 def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and those settings."""
     every, first = [run["args"] for run in runs], runs[0]["args"]
-    differ = [name for name in first if name not in ASIDE and len({repr(args.get(name)) for args in every}) > 1]
+    differ = [name for name in first if name not in UNNAMED and len({repr(args.get(name)) for args in every}) > 1]
     axes = [name for name in differ if name in AXES]
     chosen = [name for name in differ if any(args[name] != implied(args, name) for args in every)]
     for shown in (axes, chosen, differ):

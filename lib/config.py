@@ -32,9 +32,9 @@ PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
 # Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
 MACHINE = """resume cache compile device workers threads progress dry_run lr_find_only checkpoint_seconds open
     log""".split()
-FREE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
+RESUME_MAY_CHANGE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
 # Settings that the range test does not see: it trains at rates of its own, before the schedule begins.
-BEHIND_TEST = """schedule epochs keep stop_after monitor patience_epochs factor min_lr threshold threshold_mode
+NOT_IN_RANGE_TEST = """schedule epochs keep stop_after monitor patience_epochs factor min_lr threshold threshold_mode
     cooldown_epochs warmup_epochs pct_start div div_final max_momentum min_momentum cycle_length cycle_mult cycle_div
     max_batch_size ema target gallery cam name out""".split()
 RESOLVED = ("threads", "precision", "size", "batch_size", "keep")  # a resumed run keeps what `auto` became
@@ -299,7 +299,7 @@ def resumed(flags):
     for name in FIELDS:
         value, kept = getattr(config, name), getattr(before, name)
         moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # the same file elsewhere
-        if name not in FREE and value != kept and not moved:
+        if name not in RESUME_MAY_CHANGE and value != kept and not moved:
             why = f"would change the result of {run}, which has {kept}; leave it out, or start a new run"
             raise BadInput(f"{flag_of(name)}: {value} {why}")
     if config.lr_find_only:

@@ -52,10 +52,18 @@ def cores():
     return cpu_count()
 
 
-def busy_seconds():
-    """(seconds of work of all programs so far on the cores that this process may use, of this one, number of cores).
+class Busy(NamedTuple):
+    """Seconds of work of all programs and of this one, on so many cores."""
 
-    None if not on Linux. Programs with a lower priority (`nice`) give way to this one, so their work does not count.
+    all: float
+    own: float
+    cores: int
+
+
+def busy_seconds():
+    """The work so far on the cores that this process may use, as `Busy`; None if not on Linux.
+
+    Programs with a lower priority (`nice`) give way to this one, so their work does not count.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
@@ -65,7 +73,7 @@ def busy_seconds():
     counted = (0, 1, 2, 5, 6) if os.nice(0) > 0 else (0, 2, 5, 6)  # user, nice, system, irq, softirq
     cpus = [line.split() for line in lines if line[:3] == "cpu" and line[3:4].isdigit()]
     ticks = sum(int(cpu[1 + i]) for cpu in cpus if int(cpu[0][3:]) in ours for i in counted)
-    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), len(ours)
+    return Busy(ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), len(ours))
 
 
 def commit():

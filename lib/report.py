@@ -32,8 +32,8 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
 BATCH = 400_000  # bytes of train_batch.png, before base64
 MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
-ASIDE = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
-ELSEWHERE = ("choices", "classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
+NO_EFFECT = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
+LEFT_OUT = ("choices", "classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 DISTURBED = 0.25  # if other programs used more cores than this, the seconds of the run are marked
@@ -71,7 +71,7 @@ def command_line(args, env):
     """The command line of the settings `args`; what was typed, where they are those of another version."""
     words, given = ["uv", "run", "train_fastai.py"], {}
     try:
-        config = Config(**{k: v for k, v in args.items() if k not in ASIDE}).to_dict()
+        config = Config(**{k: v for k, v in args.items() if k not in NO_EFFECT}).to_dict()
         for name in sorted(config, key=lambda name: name == "threshold"):  # whose default depends on settings after it
             value = config[name]
             if value == Config(**given).to_dict()[name]:
@@ -233,7 +233,7 @@ def of_run(folder, live):
         "summary": {k: v for k, v in (summary or {}).items() if k in OVERALL},
         "command": command_line(asked, env), "typed": env.get("command", ""),
         "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
-        "all": as_text(asked), "env": as_text({k: v for k, v in env.items() if v != [] and k not in ELSEWHERE}),
+        "all": as_text(asked), "env": as_text({k: v for k, v in env.items() if v != [] and k not in LEFT_OUT}),
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from lib import config as settings
 from lib import machine
 from lib.data import loader
 from lib.models import zoo
-from lib.train import averaging, learner, sharing
+from lib.train import learner, sharing
 from train_fastai import main
 
 # the options of a run of a second
@@ -91,7 +91,7 @@ def make(bands, parse):
         dls = loader.get_dls(config)
         torch.manual_seed(config.seed)
         model = zoo.build(config.model, len(dls.vocab), images=dls.train.plain()[0])
-        config = averaging.resolved(config, dls)
+        config = loader.without_auto(config, dls)
         return config, learner.build(config, dls, model, precision, cbs)
 
     return make

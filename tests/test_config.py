@@ -90,8 +90,8 @@ def test_defaults_that_depend_on_each_other_fit():
 
 
 def test_flags_of_others_are_none_of_ours_and_name_ours():
-    ours, others = config.parser()._option_string_actions, " ".join(cli.ELSEWHERE.values()).split()
-    assert set(cli.ELSEWHERE) <= set(ours) and not {f"--{other}" for other in others} & set(ours)
+    ours, others = config.parser()._option_string_actions, " ".join(cli.OTHER_NAMES.values()).split()
+    assert set(cli.OTHER_NAMES) <= set(ours) and not {f"--{other}" for other in others} & set(ours)
     assert len(set(others)) == len(others)
 
 

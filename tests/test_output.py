@@ -94,7 +94,7 @@ print(len(get_dls(Config(data={str(photos)!r}, size=16)).store))"""
 
 def test_no_home_is_one_line():
     code = (
-        "import os, pwd, sys; os.environ.pop('HOME'); pwd.getpwuid = {}.__getitem__\n"
+        "import os, pwd, sys; del os.environ['HOME'], os.environ['FASTAI_HOME']; pwd.getpwuid = {}.__getitem__\n"
         "from train_fastai import main; sys.exit(main(['--data', 'digits', '--dry-run']))"
     )
     env = {**os.environ, "MPLCONFIGDIR": "/tmp", "HOME": "/"}

@@ -267,8 +267,8 @@ def test_the_command_gives_the_same_settings(argv):
     line = shlex.split(report.command_line(c.to_dict(), {}))
     assert line[:3] == ["uv", "run", "train_fastai.py"]
     again = config.parse(line[3:]).to_dict()
-    assert {k: v for k, v in again.items() if k not in report.ASIDE} == {
-        k: v for k, v in c.to_dict().items() if k not in report.ASIDE
+    assert {k: v for k, v in again.items() if k not in report.NO_EFFECT} == {
+        k: v for k, v in c.to_dict().items() if k not in report.NO_EFFECT
     }
     assert report.command_line({"unknown": 1}, {"command": "train_fastai.py -b 8"}) == "uv run train_fastai.py -b 8"
 

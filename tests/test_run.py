@@ -25,8 +25,8 @@ from lib import data, runs
 from lib.cli import BadInput
 from lib.config import Config
 from lib.data import folders
+from lib.data.loader import without_auto
 from lib.explain import evaluate
-from lib.train.averaging import resolved
 from tests.conftest import SMALL, save
 from train_fastai import main
 
@@ -207,8 +207,10 @@ def test_with_few_valid_images_their_loss_chooses_unless_asked(tmp_path, bands, 
 @pytest.mark.parametrize("n, by", [(99, "valid_loss"), (100, "valid_acc")])
 def test_few_valid_images_are_fewer_than_100(n, by):
     dls = SimpleNamespace(valid=SimpleNamespace(ids=range(n)), train=SimpleNamespace(bs=32))
-    config = resolved(Config(), dls)
-    assert (config.keep, config.batch_size) == (by, 32) and resolved(Config(keep="macro_f1"), dls).keep == "macro_f1"
+    config = without_auto(Config(), dls)
+    assert (config.keep, config.batch_size) == (by, 32) and without_auto(
+        Config(keep="macro_f1"), dls
+    ).keep == "macro_f1"
 
 
 def test_valid_pct_0_says_that_test_chose(tmp_path, bands, cache, capsys):

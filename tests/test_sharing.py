@@ -27,7 +27,9 @@ def follow(monkeypatch):
         share, seconds, work, found = ShareCores(**options), 0.0, 0.0, []
         monkeypatch.setattr(sharing, "WINDOW", 1.0)
         monkeypatch.setattr(sharing, "time", SimpleNamespace(perf_counter=lambda: seconds))
-        monkeypatch.setattr(sharing, "busy_seconds", lambda: (100 + work + seconds, seconds, most))  # one core is ours
+        monkeypatch.setattr(
+            sharing, "busy_seconds", lambda: machine.Busy(100 + work + seconds, seconds, most)
+        )  # one core is ours
         share.before_fit()
         for load in loads:
             seconds, work = seconds + 1, work + load
@@ -98,7 +100,7 @@ def test_the_range_test_and_the_fit_look_while_they_train(make, monkeypatch):
             seen.append(torch.get_num_threads())
 
     monkeypatch.setattr(sharing, "WINDOW", 0.0)
-    monkeypatch.setattr(sharing, "busy_seconds", lambda: (2 * time.perf_counter(), 0.0, 2))
+    monkeypatch.setattr(sharing, "busy_seconds", lambda: machine.Busy(2 * time.perf_counter(), 0.0, 2))
     torch.set_num_threads(2)
     _, learn = make("--lr", "0.01")
     seen = []

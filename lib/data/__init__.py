@@ -2,6 +2,6 @@
 
 from lib.data.augment import AlbumentationsTransform, Cutout
 from lib.data.doubts import say as say_doubts
-from lib.data.loader import get_dls
+from lib.data.loader import get_dls, without_auto
 
-__all__ = ["AlbumentationsTransform", "Cutout", "get_dls", "say_doubts"]
+__all__ = ["AlbumentationsTransform", "Cutout", "get_dls", "say_doubts", "without_auto"]

@@ -152,14 +152,14 @@ def scan(folder, without=frozenset()):
         print(printable(note), flush=True)
     if empty:
         kinds = f"{' that can be read' if without else ''} ({' '.join(EXTENSIONS)}; links do not count, {remedy})"
-        more = f" and {len(empty) - 1:,} more folders ({brief(p.name for p in empty[1:])})" if empty[1:] else ""
+        more = f" and {len(empty) - 1:,} more folders ({listed(p.name for p in empty[1:])})" if empty[1:] else ""
         raise BadInput(f"{empty[0]}{more}: no images{kinds}; remove the folder, or put images of its class in it")
     if not images and passed[LINKS]:
         raise BadInput(f"{folder}: no images in class folders but links, which are not followed; {remedy}")
     return images
 
 
-def brief(names, most=10):
+def listed(names, most=10):
     """The first of `names` as text."""
     names = list(names)
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
@@ -189,9 +189,9 @@ def find_sets(root, tell=False):
     other += sorted(p.name + "/" for p in root.iterdir() if p.is_dir() and left_over(p)) if tell else []
     if tell and other:
         names = ", ".join(p.name + "/" for kind in sets for p in found[kind])
-        print(printable(f"{root}: {brief(other)} beside {names}: passed over"), flush=True)
+        print(printable(f"{root}: {listed(other)} beside {names}: passed over"), flush=True)
     if tell and new:
-        print(printable(f"{root}: {brief(p.name + '/' for p in new)}: without classes; to be predicted"), flush=True)
+        print(printable(f"{root}: {listed(p.name + '/' for p in new)}: without classes; to be predicted"), flush=True)
     return sets
 
 
@@ -224,7 +224,7 @@ def check_classes(root, found):
             raise BadInput(f"{root}: {p.name}/ holds sets beside {len(inside) - 1:,} other folders; pass --data {p}")
     for (a, of_a), (b, of_b) in combinations([(p, names) for p, names in inside.items() if len(names) > 1], 2):
         if len(same := of_a & of_b) > 1:
-            text = f"hold the same folders ({brief(sorted(same), 5)}): are these sets? Name them train/, valid/, test/"
+            text = f"hold the same folders ({listed(sorted(same), 5)}): are these sets? Name them train/, valid/, test/"
             raise BadInput(f"{root}: {a.name}/ and {b.name}/ {text}; if they are classes, put all of them into train/")
 
 
@@ -285,14 +285,14 @@ def find_images(root, valid_pct, split_seed, folds=0, fold=0, without=frozenset(
             raise BadInput(f"{folder}: no images in class folders; fill it or remove it")
         for path, name in images:
             if name not in counts:
-                known = brief(sorted(counts), 5)
+                known = listed(sorted(counts), 5)
                 raise BadInput(f"{path.parent}: class {name!r} is not among those of train ({known})")
     if len(counts) < 2:
         raise BadInput(f"{root}: only one class ({min(counts)!r}); a classifier needs at least two class folders")
     held = held_out(sets, valid_pct)
     needed = 1 + ("test" in held) * max(folds, 1) + ("valid" in held)
     if small := {name: n for name, n in sorted(counts.items()) if n < needed}:
-        which = brief(f"{name!r} has {n}" for name, n in small.items())
+        which = listed(f"{name!r} has {n}" for name, n in small.items())
         text = f"{len(small):,} of {len(counts):,} classes have too few images to hold some out, fewer than {needed}"
         raise BadInput(f"{root}: {text}: {which}; add images, or remove these folders")
     if "test" in held:

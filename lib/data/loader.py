@@ -1,5 +1,6 @@
 """Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
+import dataclasses
 import random
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastcore.foundation import L
 from fasttransform import Transform
 
 from lib.cli import BadInput, one_line
-from lib.config import AUXILIARY, MODELS
+from lib.config import AUXILIARY, FEW_VALID, MODELS
 from lib.data import decode
 from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
 from lib.data.decode import batch_size, centre
@@ -230,6 +231,12 @@ def images_a_step(config, n):
     """`--batch-size` for `n` training images; auto: the largest of 128, 64, 32 that makes 20 steps, else 16."""
     sizes = [b for b in (128, 64, 32) if -(-n // b) >= 20]
     return config.batch_size if config.batch_size != "auto" else max(sizes, default=16)
+
+
+def without_auto(config, dls):
+    """`config` with what `--batch-size` and `--keep` become for the images of `dls`."""
+    auto = "valid_loss" if len(dls.valid.ids) < FEW_VALID else "valid_acc"
+    return dataclasses.replace(config, batch_size=dls.train.bs, keep=auto if config.keep == "auto" else config.keep)
 
 
 def image_size(config):

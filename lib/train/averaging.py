@@ -1,14 +1,10 @@
 """The average of the weights, and the best weights."""
 
-import dataclasses
-
 import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save as to_safetensors
 from sklearn.metrics import f1_score
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-from lib.config import FEW_VALID
 
 
 class EMA(Callback):
@@ -70,12 +66,6 @@ class EMA(Callback):
 def macro_f1(predictions, targets):
     """The mean of the classes' F1, of the classes that are there, as scikit-learn has it."""
     return float(f1_score(targets, predictions, average="macro", zero_division=0))
-
-
-def resolved(config, dls):
-    """`config` with what `--batch-size` and `--keep` become for the images of `dls`."""
-    auto = "valid_loss" if len(dls.valid.ids) < FEW_VALID else "valid_acc"
-    return dataclasses.replace(config, batch_size=dls.train.bs, keep=auto if config.keep == "auto" else config.keep)
 
 
 class KeepBest(Callback):

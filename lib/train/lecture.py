@@ -32,7 +32,7 @@ def grown(size, factor, most):
 
 
 def batch_sizes(config):
-    """The batch sizes that a fit may come to, in order: more than one under grow_batch. Here auto is 128."""
+    """The batch sizes that a fit may come to, in order: more than one under grow_batch. auto counts as 128."""
     sizes = [128 if config.batch_size == "auto" else config.batch_size]
     if config.schedule == "grow_batch":
         while (size := grown(sizes[-1], config.factor, config.max_batch_size)) > sizes[-1]:

@@ -98,9 +98,9 @@ class RangeTestCallback(Callback):
 
 
 def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
-    """The RangeTest of one mock update a rate, on a copy of the model. It leaves no trace in `learn`.
+    """The RangeTest of one update for each rate, on a copy of the model. It leaves no trace in `learn`.
 
-    The first updates, in which memory is found, do not count for the seconds.
+    The first two updates, which allocate memory, do not count for the seconds.
     """
     loader = learn.dls.train
     if len(loader) == 0:

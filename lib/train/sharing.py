@@ -40,7 +40,7 @@ class ShareCores(Callback):
         self.other_load = max(others(self.first, self.last), 0.0)
         if not self.adapt:
             return
-        free = self.last[1][2] - others(before, self.last)
+        free = self.last[1].cores - others(before, self.last)
         wish = min(max(round(free), 1), self.most)
         self.wishes = [*self.wishes, wish][-AGREE:]
         if self.wishes == [wish] * AGREE and wish != torch.get_num_threads():
@@ -56,5 +56,5 @@ class ShareCores(Callback):
 
 def others(before, after):
     """The mean number of cores that other programs used between two measurements, each (time, busy_seconds)."""
-    seconds, (all_then, own_then, _), (all_now, own_now, _) = after[0] - before[0], before[1], after[1]
-    return (all_now - all_then - (own_now - own_then)) / seconds
+    (then, first), (now, last) = before, after
+    return (last.all - first.all - (last.own - first.own)) / (now - then)
