@@ -32,13 +32,13 @@ GROUPS = {  # heading: (settings, notes)
     "Data": (
         "data bad_images valid_pct split_seed folds fold size batch_size balanced_batches",
         """
-        - With `--valid-pct 0` the test set chooses the weights, unless the data has a `valid/` and a `test/`. The
-          summary and every figure then say so.
+        - With `--valid-pct 0` the test set chooses the weights, and the summary and every figure say so. Data with its
+          own `valid/` and `test/` keeps both.
         - `--folds 5` makes five runs. Each run tests on another fifth of the images
           ([comparing.md](comparing.md)). With `--fold 2` there is one run, which tests on the second fifth.
-        - `--size auto` is the size of its weights for a pretrained network of timm.
         - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
-          evaluation, at a random place for training.
+          evaluation, at a random place for training. For a pretrained network of timm, `--size auto` is the size that
+          its weights were trained with.
         - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
           end. With `--cache DIR` it stays, and later runs use it again if the names, sizes and times of the images
           have not changed.
@@ -106,8 +106,8 @@ GROUPS = {  # heading: (settings, notes)
           has by itself. Affinity and the quota of a container limit these cores. On a CPU, a run checks once a second
           how many of them other programs use. It gives up the cores that they keep busy, and takes them again when
           they are free. It says so in a line. If the number of threads changes, the run is not repeatable to the bit.
-          `--threads N` never changes it. All this needs Linux, and does not happen with `--workers`, `--compile` or
-          torchrun.
+          `--threads N` never changes it. Only on Linux does a run see other programs, and not with loader processes,
+          `--compile` or torchrun.
         - fp16 needs a CUDA device; `--precision auto` never takes it.
         - `--compile` needs a compiler. On a CPU it needs `--precision float32`. It works in one process only, and not
           with `--minutes`.

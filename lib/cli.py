@@ -94,7 +94,7 @@ class Lasting:
         try:
             return function(*args)
         except OSError:
-            with suppress(OSError):  # into which its buffer is flushed without an error
+            with suppress(OSError):  # what is left in its buffer goes nowhere, without an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

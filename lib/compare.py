@@ -25,6 +25,7 @@ COLUMNS = """variant seed fold test_acc last_test_acc last_train_acc valid_acc b
 # numbers that a summary must have
 NEEDED = """test_acc last_test_acc valid_acc best_epoch epochs_to_target seconds_to_target train_seconds lr
     optimizer_state_bytes target""".split()
+NAMES = ("schedule", "optimizer", "model")  # settings whose values say by themselves what they are
 MAY_CHANGE = (*MACHINE, "out")  # settings that may change while a comparison goes on
 UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam")  # in these the runs of a variant may differ
 
@@ -115,7 +116,7 @@ def worded(name, value):
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
+    return f"{words} {value}".removesuffix(".0") if value != "" else f"no {words}"
 
 
 def implied(args, name):
@@ -131,12 +132,12 @@ def by_variant(runs):
     """{variant: [run, …]} in the order of `runs`, named by the settings that differ; and those settings."""
     every, first = [run["args"] for run in runs], runs[0]["args"]
     differ = [name for name in first if name not in UNNAMED and len({repr(args.get(name)) for args in every}) > 1]
-    axes = [name for name in differ if name in AXES]
+    axes = [name for name in AXES if name in differ]
     chosen = [name for name in differ if any(args[name] != implied(args, name) for args in every)]
     for shown in (axes, chosen, differ):
         variants = {}
         for run, args in zip(runs, every):
-            values = [str(v) if isinstance(v := args[name], str) else worded(name, v) for name in axes]
+            values = [args[name] if name in NAMES else worded(name, args[name]) for name in axes]
             words = [worded(name, args[name]) for name in shown if name not in AXES and args[name] != first[name]]
             variants.setdefault(", ".join([*values, *words]) or args["schedule"], []).append(run)
         if all(len({repr(run["args"][name]) for run in group}) == 1 for group in variants.values() for name in differ):

@@ -290,4 +290,4 @@ def banner(config, facts, where):
 def show(asked, config, facts):
     """Prints the settings as `asked` and the first lines of a run that is not made."""
     print(*(f"{name}: {value}" for name, value in asked.to_dict().items()), sep="\n")
-    print(banner(config, facts, "nothing is written: dry run"))
+    print(banner(config, facts, "no run folder is made: dry run"))

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
+import time
 import traceback
 
 os.environ["FASTAI_HOME"] = tempfile.mkdtemp()  # where fastai keeps data sets: what lies in ~/.fastai must not matter
@@ -207,9 +207,12 @@ def on_ranks(n, job, path):
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
         children.append(child)
-    late = threading.Timer(120, lambda: [os.kill(child, signal.SIGKILL) for child in children])  # gloo waits for hours
-    late.start()
-    try:
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    finally:
-        late.cancel()
+    statuses, ends = {}, time.monotonic() + 120  # gloo itself waits for hours
+    while len(statuses) < n:
+        for child in set(children) - set(statuses):
+            if time.monotonic() > ends:
+                os.kill(child, signal.SIGKILL)
+            pid, status = os.waitpid(child, os.WNOHANG)
+            statuses |= {child: os.waitstatus_to_exitcode(status)} if pid else {}
+        time.sleep(0.02)
+    return [statuses[child] for child in children]

@@ -304,14 +304,14 @@ def test_variants_are_named_by_what_varies_and_never_mixed():
     assert names(averaged | {"flip": True}, averaged | {"threshold": 0.1, "flip": False})[1] == "threshold 0.1, no flip"
     runs = [fake(0, momentum=m, lr=lr) for m in (0.9, 0.0) for lr in (0.1, 1.0)]
     assert list(compare.by_variant(runs)[0])[:2] == ["momentum 0.9, lr 0.1", "momentum 0.9, lr 1"]
+    batches = names({"batch_size": "auto", "lr": 1e-4}, {"batch_size": 512, "lr": 0.12345671})
+    assert batches == ["lr 0.0001, batch size auto", "lr 0.12345671, batch size 512"]
+    fresh = {"model": "resnet18", "pretrained": "", "freeze_epochs": 0}
+    assert names(fresh | PRETRAINED, fresh)[1] == "no pretrained"
     for first, second, name in (  # settings that are refused one by one
         ({"model": "resnet18", **PRETRAINED}, {"model": "resnet34", **PRETRAINED}, "resnet34"),
         ({"pretrained": "", "freeze_epochs": 0}, PRETRAINED, "pretrained torchvision"),
-        (
-            {"grad_noise": 0.1, "perturb_on_plateau": True},
-            {"grad_noise": 0.0, "perturb_on_plateau": False},
-            "no perturb",
-        ),
+        (dict(grad_noise=0.1, perturb_on_plateau=True), dict(grad_noise=0.0, perturb_on_plateau=False), "no perturb"),
         ({"folds": 5}, {"folds": 10}, "folds 10"),
     ):
         assert name in names({"model": "resnet18"} | first, {"model": "resnet18"} | second)[1]

@@ -363,6 +363,13 @@ def test_a_checkpoint_of_right_form_and_wrong_content_is_one_line(copied, capfd)
         assert main(["--resume", str(copied), "--epochs", "2"]) == 2, (key, wrong)
         err = capfd.readouterr().err
         assert err.count("\n") == 1 and "last.pt" in err
+    plateau = next(of for of in state["callbacks"].values() if "plateau" in of)
+    for wrong in ({}, {"x": 1}, {"step": 5}):
+        plateau["plateau"] = wrong
+        checkpoint.save(copied / "weights/last.pt", state)
+        assert main(["--resume", str(copied), "--epochs", "2"]) == 2, wrong
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and "last.pt" in err
 
 
 YAML = {

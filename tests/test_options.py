@@ -44,9 +44,8 @@ def test_settings_that_are_handed_on_arrive(bands, tmp_path, monkeypatch):
 
 
 def test_the_momenta_of_one_cycle_are_those_that_are_asked_for(make):
-    config, _ = make(
-        "--lr", 0.1, "--schedule", "one_cycle", "--max-momentum", 0.9, "--min-momentum", 0.6, "--epochs", 4
-    )
+    momenta = ["--max-momentum", 0.9, "--min-momentum", 0.6]
+    config, _ = make("--lr", 0.1, "--schedule", "one_cycle", *momenta)
     momenta = schedules.trace(config, 10)[:, 1]
     assert momenta[0] == pytest.approx(0.9) and momenta.min() == pytest.approx(0.6) and momenta.max() <= 0.9 + 1e-12
 

@@ -207,10 +207,8 @@ def test_with_few_valid_images_their_loss_chooses_unless_asked(tmp_path, bands, 
 @pytest.mark.parametrize("n, by", [(99, "valid_loss"), (100, "valid_acc")])
 def test_few_valid_images_are_fewer_than_100(n, by):
     dls = SimpleNamespace(valid=SimpleNamespace(ids=range(n)), train=SimpleNamespace(bs=32))
-    config = without_auto(Config(), dls)
-    assert (config.keep, config.batch_size) == (by, 32) and without_auto(
-        Config(keep="macro_f1"), dls
-    ).keep == "macro_f1"
+    config, given = without_auto(Config(), dls), without_auto(Config(keep="macro_f1"), dls)
+    assert (config.keep, config.batch_size) == (by, 32) and given.keep == "macro_f1"
 
 
 def test_valid_pct_0_says_that_test_chose(tmp_path, bands, cache, capsys):

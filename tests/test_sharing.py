@@ -27,9 +27,8 @@ def follow(monkeypatch):
         share, seconds, work, found = ShareCores(**options), 0.0, 0.0, []
         monkeypatch.setattr(sharing, "WINDOW", 1.0)
         monkeypatch.setattr(sharing, "time", SimpleNamespace(perf_counter=lambda: seconds))
-        monkeypatch.setattr(
-            sharing, "busy_seconds", lambda: machine.Busy(100 + work + seconds, seconds, most)
-        )  # one core is ours
+        busy = lambda: machine.Busy(100 + work + seconds, seconds, most)  # one core is ours
+        monkeypatch.setattr(sharing, "busy_seconds", busy)
         share.before_fit()
         for load in loads:
             seconds, work = seconds + 1, work + load

@@ -21,7 +21,6 @@ SAME, SOLID = 0.01, 1  # mean levels of thumbnails up to which they are equal; d
 FAR = 4  # times as large or small as the median image
 MANY = 10_000  # images above which files are not opened again to look at sizes and colours
 REACH = 300  # neighbours in a band of the hash that are compared
-
 SETS = ("train", "valid", "test")
 
 

@@ -187,12 +187,14 @@ def check_batches(model, config, sizes, n, size, ranks=1):
             copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
     except ValueError:
         larger = next((batch for batch in range(config.batch_size + 1, n + 1) if not leaves_one(batch)), None)
-        remedy = f"pass another, such as {larger}" if larger else "add images, or pass another --model"
+        other = "leave out --mixup" if config.mixup else "pass another --model"
+        remedy = f"pass another, such as {larger}" if larger else f"add images, or {other}"
         grown = f" (grow_batch comes to {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         remedy = "pass another, or another --max-batch-size" if grown else remedy
         fault = f"on which the BatchNorm of {config.model} cannot be trained at {size} pixels"
         fault = "which --mixup cannot mix" if config.mixup else fault
-        left = f"of {n} training images a batch of one is left{grown}, {fault}"
+        one = "a batch of one" if ranks == 1 else "for one process a batch of one"
+        left = f"of {n} training images {one} is left{grown}, {fault}"
         raise BadInput(f"--batch-size {config.batch_size}: {left}; {remedy}") from None
 
 

@@ -8,6 +8,8 @@ from fastai.callback.tracker import ReduceLROnPlateau as FastaisReduceLROnPlatea
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchsReduceLROnPlateau
 
+COUNTED = ("best", "num_bad_epochs", "cooldown_counter")  # by torch's scheduler
+
 
 class Plateau(TorchsReduceLROnPlateau):
     """Says "this is a plateau": the monitored value has not become better for more than `patience` steps.
@@ -34,6 +36,12 @@ class Plateau(TorchsReduceLROnPlateau):
 
     def _reduce_lr(self, epoch):
         self.reached = True
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in COUNTED}
+
+    def load_state_dict(self, state):
+        super().load_state_dict({name: state[name] for name in COUNTED})
 
 
 def plateau_options(config):

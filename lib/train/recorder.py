@@ -125,10 +125,8 @@ class EpochRecorder(Recorder):
         self.row = {"epoch": None, "seconds": None, "lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
         self.in_epoch, self.trained, self.evaluated = False, [None] * (1 + len(self.train_scores)), []
         self.sums = [0.0, 0, 0]  # of losses, of correct predictions, of images
-        self.pending, self.latest = (
-            [],
-            {},
-        )  # batches that are not yet read from the device; loss and acc of those before
+        self.pending = []  # batches that are not yet read from the device
+        self.latest = {}  # loss and accuracy of those that were read last
         self.evaluation.before_validate()
         self.computed = False  # whether the batch under way has a loss
 

@@ -10,6 +10,7 @@ less counts for more than the rate.) The tables and figures go to OUT (results/e
 """
 
 import argparse
+import fcntl
 import math
 import re
 import shutil
@@ -22,7 +23,7 @@ import yaml
 
 from lib import compare
 from lib.cli import read_json
-from lib.config import MACHINE, PATHS, parse
+from lib.config import MACHINE, PATHS, Config, parse
 from lib.explain import plots
 from lib.runs import write, write_figure
 
@@ -43,7 +44,7 @@ VARIANTS = {
     "one cycle": ["--schedule", "one_cycle"],
     "warm-up": ["--warmup-epochs", "2"],
     "constant, averaged": ["--schedule", "constant", "--ema", "0.999"],
-    "growing batch": ["--schedule", "grow_batch", "--max-batch-size", "5000"],  # reached by no more than three cuts
+    "growing batch": ["--schedule", "grow_batch", "--max-batch-size", "5000"],  # plateau cuts three times: 4,743
     "batches of 512": ["-b", "512"],
     "balanced": ["--balanced-batches"],
     "noise 1e-6": ["--grad-noise", "1e-6"],
@@ -96,45 +97,56 @@ def run(options, name, words, epochs, seed):
     """
     slug = re.sub("[ ,]+", "-", name)
     folder, numbers = options.runs / f"{slug}-s{seed}", options.out / "runs" / f"{slug}-s{seed}"
-    if (numbers / "diverged").exists():
-        return None
-    if (numbers / "summary.json").exists():
-        return check(options, numbers, words, epochs)
-    given = ["--epochs", epochs, "--seeds", seed, "--out", options.runs, "--name", folder.name]
-    given = ["--resume", folder] if (folder / "weights/last.pt").exists() else [*given, *COMMON, *words]
-    if given[0] != "--resume":
-        shutil.rmtree(folder, ignore_errors=True)  # it was stopped before its first checkpoint
-    where = [word for name in ("data", "cache") if (value := getattr(options, name)) for word in (f"--{name}", value)]
     options.runs.mkdir(parents=True, exist_ok=True)
     with open(options.runs / f"{folder.name}.log", "a") as log:
-        command = [sys.executable, "train_fastai.py", *map(str, given), *where]
-        status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
-    print(f"{folder.name}: exit status {status}", flush=True)
-    if status == 3:
-        return write(numbers / "diverged", "")
-    if status:
-        raise SystemExit(f"{options.runs / folder.name}.log: says why")
+        fcntl.flock(log, fcntl.LOCK_EX)  # held by the run too: another command, or the next, waits until it has ended
+        if (numbers / "diverged").exists():
+            return None
+        if not (numbers / "summary.json").exists():
+            status = train(options, folder, [*words, "--epochs", epochs, "--seeds", seed], log)
+            print(f"{folder.name}: exit status {status}", flush=True)
+            if status == 3:
+                return write(numbers / "diverged", "")
+            if status:
+                raise SystemExit(f"{log.name}: says why")
+            check(options, folder, words, epochs)
+            copy(options, folder, numbers)
+    return check(options, numbers, words, epochs)
+
+
+def train(options, folder, words, log):
+    """Trains in the run folder `folder`, or goes on there. Returns the exit status."""
+    given = ["--resume", folder]
+    if not (folder / "weights/last.pt").exists():  # there is no run, or it was stopped before its first checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+        given = ["--out", options.runs, "--name", folder.name, *COMMON, *words]
+    where = [word for name in ("data", "cache") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+    command = [sys.executable, "train_fastai.py", *map(str, given), *where]
+    return subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+
+
+def check(options, folder, words, epochs):
+    """`folder`, a finished run's. Ends the command if it has other settings than asked for, or other images or numbers
+    than the runs in OUT."""
+    made = Config(**yaml.safe_load((folder / "args.yaml").read_text())).to_dict()
+    given = ["--epochs", epochs, "--seeds", made["seeds"][0], "--data", options.data or "cifar10"]
+    asked = parse([*COMMON, *words, *map(str, given)]).to_dict()
+    differ = [name for name in asked if name not in ASIDE and asked[name] != made[name]]
+    there = min((options.out / "runs").glob("*/summary.json"), default=folder / "summary.json").with_name("env.json")
+    differ += [name for name in SAME if read_json(folder / "env.json")[name] != read_json(there)[name]]
+    if differ:
+        raise SystemExit(f"{folder}: differs in {', '.join(differ)}; pass another --out")
+    return folder
+
+
+def copy(options, folder, numbers):
+    """Takes the numbers of a finished run to OUT."""
     numbers.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, numbers / file)
     publishable(options, numbers)
     write(numbers / "summary.json", (folder / "summary.json").read_text())  # the last: it says that the rest is there
-    return check(options, numbers, words, epochs)
-
-
-def check(options, numbers, words, epochs):
-    """`numbers`, a finished run's. Ends the command if it has other settings than asked for, or other images or numbers
-    than the first run there."""
-    made = yaml.safe_load((numbers / "args.yaml").read_text())
-    given = ["--epochs", epochs, "--seeds", made["seeds"][0], "--data", options.data or "cifar10"]
-    asked = parse([*COMMON, *words, *map(str, given)]).to_dict()
-    differ = [name for name in asked if name not in ASIDE and asked[name] != made[name]]
-    first = read_json(min(numbers.parent.glob("*/summary.json")).with_name("env.json"))
-    differ += [name for name in SAME if read_json(numbers / "env.json")[name] != first[name]]
-    if differ:
-        raise SystemExit(f"{numbers}: differs in {', '.join(differ)}; pass another --out")
-    return numbers
 
 
 def publishable(options, numbers):
