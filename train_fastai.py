@@ -144,6 +144,8 @@ def fit(learn, config, run, past, lr, start):
         return 0
     except recorder.Diverged as e:
         complain(f"error: {e}" + (f"; the epochs before are in {run.path}" if learn.recorder.rows else ""))
+        if ranks.leads():
+            run.note(ended=str(e))
         return 3
     except checkpoint.Interrupted:
         go_on = shlex.join(["uv", "run", sys.argv[0], "--resume", str(run.path)])

@@ -61,16 +61,20 @@ def unfinished(run):
     stopped, endless = n < run["args"]["epochs"], run["args"]["schedule"] in ENDLESS
     go_on = " (`--resume` with this folder goes on from here)" if endless and not stopped else ""
     longer = "without `--stop-after`" if stopped else f"`--epochs {2 * n}`"
+    if not last:
+        return None
     numbers = f"train {train:.4f}, {more:+.4f} in the last {last} of {n} epochs"
     return train < 0.95 and more > 0.01, numbers, f"Train longer: {longer}{go_on}."
 
 
 def too_small(run):
-    """Without `--pretrained`: train and test accuracy are below 0.9, and the last fifth brought train no 0.01 more."""
+    """Without `--pretrained`: train and test are below 0.9, and train rose by at most 0.01 in the last fifth."""
     (train, more, last), model, test = rise(run), run["args"]["model"], run["summary"]["test_acc"]
     larger = [f"`--model {name}`" for name in MODELS[MODELS.index(model) + 1 :][:1]] if model in MODELS else []
+    if not last:
+        return None
     numbers = f"train {train:.4f}, {more:+.4f} in the last {last} epochs; test {test:.4f}"
-    applies = max(train, test) < 0.9 and more <= 0.01 and last > 0 and not run["args"]["pretrained"]
+    applies = max(train, test) < 0.9 and more <= 0.01 and not run["args"]["pretrained"]
     return applies, numbers, f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}."
 
 
@@ -80,8 +84,10 @@ def never_cut(run):
     patience = args["patience_epochs"]
     less = f" less patience, `--patience-epochs {patience // 2}`;" if patience else ""
     numbers = f"{args['schedule']}, {n} epochs, patience {patience}, rate lowered {len(run['cuts'])} times"
-    applies = args["schedule"] == "plateau" and not run["cuts"]
-    return applies, numbers, f"Let the rate fall: more epochs, `--epochs {2 * n}`;{less} or `--schedule one_cycle`."
+    if args["schedule"] != "plateau":
+        return None
+    text = f"Let the rate fall: more epochs, `--epochs {2 * n}`;{less} or `--schedule one_cycle`."
+    return not run["cuts"], numbers, text
 
 
 def weak_class(run):
@@ -100,13 +106,14 @@ def weak_class(run):
 def small_valid(run):
     """The standard error of valid accuracy is above 0.01, so valid can hardly show which epoch is best."""
     (best, *others), n = sorted(run["rows"]["valid_acc"], reverse=True), run["n"]["valid"]
-    if run["summary"]["chosen_on"] != "valid":
+    if run["summary"]["chosen_on"] != "valid" or run["args"]["valid_pct"] >= 0.5:
         return None
     error = standard_error(run["summary"]["valid_acc"], n)
     numbers = f"{n:,} valid images, standard error {error:.4f}"
     numbers += f"; its best two epochs are {best - others[0]:.4f} apart" if others else ""
     less = "" if run["summary"].get("chosen_by") == "loss" else ", or choose by what jumps less, `--keep valid_loss`"
-    return error > 0.01, numbers, f"Hold out more, `--valid-pct 0.2`{less}."
+    more = min(2 * run["args"]["valid_pct"], 0.5) or 0.2
+    return error > 0.01, numbers, f"Hold out more, `--valid-pct {more:g}`{less}."
 
 
 RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, small_valid)

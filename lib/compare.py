@@ -37,9 +37,13 @@ def run(configs, train):
 
     Returns the exit status: 130 if a run was interrupted, 3 if one diverged, 2 if one had bad input, else 0.
     """
+    from lib import models
+
     if launched():
         remedy = "start its runs one by one, then python -m lib.compare (docs/ranks.md)"
         raise BadInput(f"a comparison under torchrun: {remedy}")
+    for config in configs:
+        models.check(config.model, config.pretrained)  # before hours of the others
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
     tested = {}  # settings that a range test depends on -> the first run folder with them
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
@@ -96,9 +100,9 @@ def load(folder):
     """A finished run from its folder: {folder, args, env, rows, summary}; None if it is not finished."""
     folder = Path(folder)
     try:
-        args = Config(**read_file(folder / "args.yaml")).to_dict()
         if not (folder / "summary.json").exists():
             return None
+        args = Config(**read_file(folder / "args.yaml")).to_dict()
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(f)]
@@ -106,7 +110,7 @@ def load(folder):
         [float(summary[name] or 0) for name in NEEDED], float(summary.get("other_load") or 0)
         summary["mistakes"], env["images"]["test"]
         summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"], rows[0]["train_acc"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as e:
         raise BadInput(f"{folder}: is no run folder, or damaged ({one_line(e)})") from None
     return {"folder": folder, "args": args, "env": env, "rows": rows, "summary": summary}
 
@@ -187,7 +191,7 @@ def verdict(first, name, mean, half, n):
     if mean == half == 0:
         return f"{name} equals {first} in all {n} pairs."
     if abs(mean) <= half:
-        return f"{name} against {first}: no difference seen; n = {n} tells only those above {half:.4f} or so."
+        return f"{name} against {first}: no difference seen; n = {n} shows only those above about {half:.4f}."
     return f"{name} is {'better' if mean > 0 else 'worse'} than {first} by {abs(mean):.4f} ± {half:.4f} (n = {n})."
 
 
@@ -273,7 +277,7 @@ def remarks(runs, missing, differ):
     if "test" in {run["summary"]["chosen_on"] for run in runs}:
         notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
     if any(map(disturbed, runs)):
-        notes.append(f"*: other programs took more than {pages.DISTURBED} cores, so the seconds are too many.")
+        notes.append(f"*: other programs used more than {pages.DISTURBED} cores; alone, these runs would be faster.")
     if folds:
         small = "deviations and intervals over them are too small (Nadeau & Bengio, 2003)"
         notes.append(f"Folds share training images, so {small}.")
@@ -295,7 +299,11 @@ def main(argv):
     folders = []
     for given in map(Path, args.runs):
         inside = sorted(file.parent for file in given.glob("*/args.yaml"))
-        folders += [given] if (given / "args.yaml").exists() else inside or [given]
+        folders += [given] if (given / "args.yaml").exists() else inside
+        if given not in folders and not inside:
+            raise BadInput(f"{given}: is no run folder, and holds none")
+    if (Path(args.out) / "env.json").exists():
+        raise BadInput(f"--out {args.out}: is a run folder, whose page would be lost; pass another")
     report(folders, Path(args.out))
 
 

@@ -255,11 +255,9 @@ def read_file(path):
         settings = read_yaml(path)
     except Exception as e:  # PyYAML raises its own, and what its constructors meet: IndexError, RecursionError, …
         raise BadInput(f"--config {path}: cannot be read ({one_line(e)}); repair it, or pass another") from None
-    for name, value in settings.items():
+    for name in settings:
         if name not in FIELDS:
             raise BadInput(f"--config {path}: unknown setting {brief(name)}" + guess(name, FIELDS))
-        if any(isinstance(v, (list, dict, set)) for v in (value if isinstance(value, list) else [value])):
-            raise BadInput(f"--config {path}: {name} must be one value, or a list of values")
     return settings
 
 

@@ -17,6 +17,7 @@ import shlex
 import statistics
 import sys
 import webbrowser
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
@@ -25,7 +26,7 @@ import yaml
 
 from lib import runs
 from lib.advice import advice, wilson
-from lib.cli import BadInput, Parser, command, duration, one_line, printable, read_json
+from lib.cli import BadInput, Parser, command, duration, one_line, printable, read_json, read_yaml
 from lib.config import FIELDS, Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -33,12 +34,14 @@ PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for m
 BATCH = 400_000  # bytes of train_batch.png, before base64
 MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
 NO_EFFECT = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
-LEFT_OUT = ("choices", "classes", "images", "lr_suggestions", "resumed", "command", "commit")  # facts of env.json
+DOUBTS = 30  # rows of doubts.csv
+LEFT_OUT = ("choices", "classes", "ended", "images", "lr_suggestions", "resumed", "command", "commit")  # of env.json
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 DISTURBED = 0.25  # if other programs used more cores than this, the seconds of the run are marked
 # what a reader of damaged files meets
-DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error,
+           yaml.YAMLError)  # fmt: skip
 MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
 
 
@@ -69,7 +72,8 @@ def as_text(facts):
 
 def command_line(args, env):
     """The command line of the settings `args`; what was typed, where they are those of another version."""
-    words, given = ["uv", "run", "train_fastai.py"], {}
+    timm = ["--extra", "timm"] if str(args.get("model")).startswith("timm/") else []
+    words, given = ["uv", "run", *timm, "train_fastai.py"], {}
     try:
         config = Config(**{k: v for k, v in args.items() if k not in NO_EFFECT}).to_dict()
         for name in sorted(config, key=lambda name: name == "threshold"):  # whose default depends on settings after it
@@ -100,7 +104,7 @@ def headline(args, env, rows, summary, live):
     return [
         ["epoch", f"{n} of {epochs}", when],
         ["test accuracy", f"{rows['test_acc'][-1]:.4f}", f"after epoch {n}"],
-        ["best valid accuracy", f"{rows['valid_acc'][best]:.4f}", f"epoch {best + 1}"],
+        [f"best {env['chosen_on']} accuracy", f"{rows['valid_acc'][best]:.4f}", f"epoch {best + 1}"],
         ["learning rate", f"{rows['lr'][-1]:.3g}", f"in epoch {n}"],
     ]
 
@@ -137,7 +141,7 @@ def between(summary, images):
 def settings(args, env):
     """The settings that matter most, as [fact, value]."""
     sets = ", ".join(f"{n:,} {name}" for name, n in env["images"].items())
-    source = f"range test, {args['lr_suggest']}" if args["lr"] == "find" else "as given"
+    source = f"found by the range test, rule {args['lr_suggest']}" if args["lr"] == "find" else "as given"
     device = f" ({env['device_name']})" if env["device_name"] != env["device"] else ""
     plans = ", or ".join(f"{name} for {epochs} epochs" for name, (epochs, _) in env.get("choices", {}).items())
     return [
@@ -186,19 +190,18 @@ def train_batch(path):
     """train_batch.png as a data URI; a large one as a smaller JPEG; None where there is none, or even that is large."""
     from PIL import Image
 
-    content, kind = path.read_bytes() if path.exists() else b"", "png"
-    if len(content) > BATCH:
-        with Image.open(path) as image:
-            image, file, kind = image.convert("RGB"), io.BytesIO(), "jpeg"
-            image.thumbnail((1000, 1000))
-            image.save(file, kind, quality=80)
-            content = file.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}" if 0 < len(content) <= BATCH else None
+    content = path.read_bytes() if path.exists() and not path.is_symlink() else b""
+    with suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        if len(content) <= BATCH:
+            return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        image.thumbnail((1000, 1000))
+        uri = runs.data_uri(image.convert("RGB"), "jpeg")
+        return uri if len(uri) <= 4 / 3 * BATCH else None
 
 
 def of_run(folder, live):
     """What the page shows of a run, finished or not."""
-    asked = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
+    asked = read_yaml(folder / "args.yaml")
     args = {**{name: field.default for name, field in FIELDS.items()}, **asked}
     env, rows = read_json(folder / "env.json"), columns(folder / "results.csv")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
@@ -208,20 +211,24 @@ def of_run(folder, live):
         cuts = [i + 1.5 for i, (a, b) in enumerate(zip(steps, steps[1:])) if b[0] < a[0] or b[1] > a[1]]
     state = "done" if summary else "live" if live else "stopped"
     if state == "live":
-        note = f"In training: {n} of {args['epochs']} epochs. This page renews itself."
+        waits = "This page renews itself, but not while you read a curve, open a list or select text."
+        trained = "Trained; the kept weights are evaluated, and the mistakes explained."
+        note = f"In training: {n} of {args['epochs']} epochs. {waits}" if n < args["epochs"] else trained
     elif state == "stopped":
-        after_test = not n and "lr_suggestions" in env
-        note = "Stopped after the range test." if after_test else f"Not finished: {n} of {args['epochs']} epochs."
+        why = f" {env['ended'][0].upper()}{env['ended'][1:]}." if env.get("ended") else " --resume goes on with it."
+        after_test = args["lr_find_only"] and "lr_suggestions" in env
+        note = "Stopped after the range test." if after_test else f"Not finished: {n} of {args['epochs']} epochs.{why}"
     result = headline(args, env, rows, summary, live)
     commit, exact = env.get("commit") or "", summary and env["precision"] != "float32"
     for name in (name for name in MEASURED if exact and name in summary):
         rows[name][summary["best_epoch"] - 1] = number(summary[name])  # of the kept weights there is one number
     found = mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])
+    pace = rows["seconds"][-1] / n if n else env.get("expected_seconds", 120 * args["epochs"]) / args["epochs"]
     doubts = read_table(folder / "doubts.csv")[1:]
     facts = dict(args=args, n=env["images"], rows=rows, summary=summary, cuts=cuts, doubts=doubts)
     facts["recalls"] = found.pop("recalls", ())
     return {
-        "kind": "run", "name": folder.resolve().name, "state": state, "note": note,
+        "kind": "run", "name": folder.resolve().name, "state": state, "note": note, "pace": number(pace),
         "headline": result, "settings": settings(args, env),
         "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"] or None,
         "exact": exact, "interval": summary and between(summary, env["images"]["test"]),
@@ -229,7 +236,7 @@ def of_run(folder, live):
         "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
         "suggestions": env.get("lr_suggestions", {}), "used": args["lr_suggest"],
-        "doubts": doubts, **found,
+        "doubts": doubts[:DOUBTS], "n_doubts": len(doubts), **found,
         "summary": {k: v for k, v in (summary or {}).items() if k in OVERALL},
         "command": command_line(asked, env), "typed": env.get("command", ""),
         "commit": commit[:12].rstrip("+") + (", with changes" if commit.endswith("+") else ""),
@@ -244,15 +251,16 @@ def of_comparison(folder):
     _, table, *notes = (folder / "comparison.md").read_text(encoding="utf-8").strip().split("\n\n")
     for row in rows:
         run = folder / row["folder"]
-        row["link"] = quote(f"{row['folder']}/report.html") if (run / "report.html").exists() else None
+        link = f"{row['folder']}/report.html"
+        row["link"] = quote(link, errors="surrogateescape") if (run / "report.html").exists() else None
         row["disturbed"] = float(row.get("other_load") or 0) > DISTURBED
         variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
     curves = [{"name": name, **{c: band(group, c) for c in CURVES}} for name, group in variants.items()]
-    shown = "variant seed test_acc valid_acc best_epoch lr train_seconds disturbed folder link".split()
+    shown = "variant seed fold test_acc best_epoch lr train_seconds disturbed folder link".split()
     return {
         "kind": "comparison", "name": folder.resolve().name, "state": "done", "notes": notes, "curves": curves,
         "table": [line[2:-2].split(" | ") for line in table.split("\n") if not line.startswith("| --- ")],
-        "runs": [{k: row[k] for k in shown} for row in rows],
+        "runs": [{k: row.get(k) for k in shown} for row in rows],
     }  # fmt: skip
 
 
@@ -265,7 +273,7 @@ def band(group, column):
     epochs = zip_longest(*[run.get(column, []) for run in group])
     epochs = [[to(v) for v in epoch if v is not None and (v > 0 or column != "lr")] for epoch in epochs]
     ends = lambda v: [m := statistics.fmean(v), m - (s := statistics.stdev(v) if len(v) > 1 else 0), m + s]
-    return [[number(back(x)) for x in ends(v)] for v in epochs if v]
+    return [[number(back(x)) for x in ends(v)] if v else [None] * 3 for v in epochs]
 
 
 def page(data):
@@ -288,10 +296,10 @@ def write(folder, live=False, show=False):
     if not is_comparison and not (folder / "env.json").exists():
         raise BadInput(f"{folder}: is no run folder and no comparison")
     try:
-        data = of_comparison(folder) if is_comparison else of_run(folder, live)
+        content = page(of_comparison(folder) if is_comparison else of_run(folder, live))
     except DAMAGED as e:
-        raise BadInput(f"{folder}: its files are damaged ({one_line(e)}); start a new run") from None
-    runs.write(file, page(data))
+        raise BadInput(f"{folder}: its files are damaged, or missing ({one_line(e)}); start a new run") from None
+    runs.write(file, content)
     if show:
         webbrowser.open(file.resolve().as_uri())
     return file

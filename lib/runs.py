@@ -59,8 +59,10 @@ def write_json(path, value):
 
 def write_table(path, header, rows):
     """Writes a header and lists of values as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    rows, text = [header, *rows], io.StringIO()
+    alone = any("\r" in str(value) for row in rows for value in row)  # which Python 3.11 leaves without quotes
+    quoting = csv.QUOTE_ALL if alone else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerows(rows)
     write(path, text.getvalue())
 
 
@@ -220,7 +222,7 @@ def reopen(config, **facts):
         (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     except OSError as e:
         raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
-    env = {**facts, **now, **env, **of_data, "resumed": [*env.get("resumed", []), now]}
+    env = {**facts, **now, **env, **of_data, "ended": "", "resumed": [*env.get("resumed", []), now]}
     return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
 

@@ -73,10 +73,10 @@ def serve(predict, name, port):
     """Shows the page on `port` of this machine until Ctrl-C. Raises BadInput where the port is taken."""
     import uvicorn
 
-    with socket.socket() as listener:
-        try:
-            listener.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as e:
-            raise BadInput(f"--serve {port}: cannot be used ({getattr(e, 'strerror', e)}); pass another port") from None
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except (OSError, OverflowError) as e:
+        raise BadInput(f"--serve {port}: cannot be used ({getattr(e, 'strerror', e)}); pass another port") from None
+    with listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]} shows {name}; Ctrl-C ends it", flush=True)
         uvicorn.Server(uvicorn.Config(app(predict, name), log_level="warning")).run(sockets=[listener])

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -46,6 +47,7 @@ class Browser:
     def read(self):
         """The next message: an answer, or an event, which is written down."""
         while b"\0" not in self.rest:
+            assert select.select([self.back], [], [], 60)[0], "the browser says nothing"
             got = os.read(self.back, 1 << 20)
             assert got, "the browser is gone"
             self.rest += got

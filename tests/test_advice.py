@@ -79,7 +79,7 @@ def test_train_low_and_rising():
     assert "Train longer: without `--stop-after`." in stopped
     assert not told(advice.unfinished, train=[*rising[:-1], 0.96])[0]
     assert not told(advice.unfinished, train=[*rising[:-3], 0.9, 0.9, 0.9])[0]
-    assert not told(advice.unfinished, train=[0.5])[0]  # one epoch tells no rise
+    assert advice.unfinished(run(train=[0.5])) is None  # one epoch tells no rise
 
 
 def test_train_low_and_still():
@@ -89,7 +89,7 @@ def test_train_low_and_still():
     assert ": `--model resnet18 --pretrained`." in told(advice.too_small, **still, model="large")[1]
     assert not told(advice.too_small, train=[0.5, 0.6, 0.7], test=0.6)[0]  # it rises
     assert not told(advice.too_small, train=[0.5, 0.6, 0.6], test=0.95)[0]  # augmentation alone makes train low
-    assert not told(advice.too_small, train=[0.5], test=0.5)[0]
+    assert advice.too_small(run(train=[0.5], test=0.5)) is None
 
 
 def test_a_plateau_that_never_came():
@@ -97,7 +97,7 @@ def test_a_plateau_that_never_came():
     assert applies and "patience 5, rate lowered 0 times" in text
     assert "`--epochs 8`; less patience, `--patience-epochs 2`;" in text
     assert "--patience-epochs" not in told(advice.never_cut, cuts=[], patience_epochs=0)[1]
-    assert not told(advice.never_cut)[0] and not told(advice.never_cut, cuts=[], schedule="one_cycle")[0]
+    assert not told(advice.never_cut)[0] and advice.never_cut(run(cuts=[], schedule="one_cycle")) is None
 
 
 def test_a_class_far_below():
@@ -115,7 +115,9 @@ def test_a_class_far_below():
 def test_valid_that_is_small():
     applies, text = told(advice.small_valid, valid=[0.75, 0.7, 0.79], n=(143, 1))
     assert applies and "143 valid images, standard error 0.0338; its best two epochs are 0.0400 apart" in text
-    assert "`--keep valid_loss`" in text
+    assert "`--valid-pct 0.2`, or" in text and "`--keep valid_loss`" in text
+    assert "`--valid-pct 0.5`" in told(advice.small_valid, valid_pct=0.3)[1]
+    assert advice.small_valid(run(valid_pct=0.5)) is None
     assert "--keep" not in told(advice.small_valid, summary={"chosen_by": "loss"})[1]
     assert told(advice.small_valid, valid=[1.0], n=(24, 1))[0]  # where all are right as well
     assert not told(advice.small_valid, valid=[0.75, 0.7, 0.79], n=(5000, 1))[0]

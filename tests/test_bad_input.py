@@ -259,6 +259,7 @@ STRANGE = (
     "👩‍👩‍👧 猫",
     "<script>alert(1)<",
     "a\nb",
+    "c\rd",
     "\x1b[31mred",
     r"$x^2$ \frac{",
     os.fsdecode(b"\xff"),
@@ -281,6 +282,7 @@ def test_strange_names_train_and_nothing_of_them_reaches_the_terminal(tmp_path, 
     assert json.loads((run / "weights/model.json").read_text())["classes"] == sorted(STRANGE)
     with open(run / "confusion_matrix.csv", newline="", errors="surrogateescape") as f:
         assert next(csv.reader(f)) == ["truth", *sorted(STRANGE)]
+    assert (run / "report.html").exists()
 
 
 @pytest.mark.parametrize("name", ["out", "cache"])

@@ -169,6 +169,20 @@ def test_a_variant_that_diverges_is_named_and_the_others_compared(bands, tmp_pat
     assert main(["--data", str(bands), "--out", str(tmp_path), "--name", "x", *few]) == 3
     assert "Not finished, and left out" in (tmp_path / "x/comparison.md").read_text()
     assert [row["variant"] for row in rows_of(tmp_path / "x/comparison.csv")] == ["plateau"]
+    env = json.loads((tmp_path / "x/1000000000000.0-s0/env.json").read_text())
+    assert "the loss is" in env["ended"]
+    capsys.readouterr()
+    run = tmp_path / "x/0.05-s0"
+    assert compare.main([str(run), "--out", str(run)]) == 2 and "whose page would be lost" in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "is no run folder, and holds none" in capsys.readouterr().err
+    compare.report([run, tmp_path / "x/failed-before-it-had-a-folder"], tmp_path / "y")
+    assert "failed-before-it-had-a-folder." in (tmp_path / "y/comparison.md").read_text()
+
+
+def test_a_network_that_is_none_ends_a_comparison_before_it_trains(bands, tmp_path, capsys):
+    assert main(["--data", str(bands), "--out", str(tmp_path / "x"), "--model", "small", "mediun"]) == 2
+    assert "did you mean medium" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_axes_multiply_and_name_the_runs():

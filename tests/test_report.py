@@ -160,6 +160,14 @@ def test_the_first_images_are_in_the_page_in_few_bytes(tmp_path):
         assert image.format == "JPEG" and max(image.size) == 1000
     Image.fromarray(noise.integers(0, 256, (1000, 1000, 3), np.uint8)).save(run / "train_batch.png")
     assert data_of(report.write(run))["batch"] is None  # even as JPEG too large
+    (tmp_path / "secret").write_bytes((run / "train_batch.png").read_bytes()[:1000])
+    for content in (b"a key", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" + b"%" * 500_000):
+        (run / "train_batch.png").write_bytes(content)  # a stranger's folder: it is no picture
+        assert data_of(report.write(run))["batch"] is None
+    (run / "train_batch.png").unlink()
+    Image.new("RGB", (9, 9)).save(tmp_path / "other.png")
+    (run / "train_batch.png").symlink_to(tmp_path / "other.png")  # and a link may lead to any file
+    assert data_of(report.write(run))["batch"] is None
 
 
 def test_maps_have_the_words_of_their_figure():
@@ -217,10 +225,16 @@ def test_large_runs_stay_below_5_megabytes(tmp_path):
 def test_runs_of_any_state(tmp_path):
     state = lambda path, live=False: [(d := data_of(report.write(path, live)))["state"], d["note"], d["headline"][0]]
     run = run_folder(tmp_path / "a", epochs=3, finished=False)
-    assert state(run) == ["stopped", "Not finished: 3 of 6 epochs.", ["epoch", "3 of 6", "8 s so far"]]
+    goes_on = "Not finished: 3 of 6 epochs. --resume goes on with it."
+    assert state(run) == ["stopped", goes_on, ["epoch", "3 of 6", "8 s so far"]]
     assert state(run, True)[0] == "live" and state(run, True)[2] == ["epoch", "3 of 6", "about 8 s left"]
     assert "<title>3 of 6: a</title>" in (run / "report.html").read_text()
-    run = run_folder(tmp_path / "b", epochs=0, finished=False)
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(env | {"ended": "the loss is nan at epoch 4"}))
+    assert state(run)[1] == "Not finished: 3 of 6 epochs. The loss is nan at epoch 4."
+    write_csv(run / "results.csv", rows_of(6, 0.8))
+    assert state(run, True)[1].startswith("Trained; ")
+    run = run_folder(tmp_path / "b", epochs=0, finished=False, lr_find_only=True)
     assert state(run)[1] == "Stopped after the range test." and "0 of 6" in state(run, True)[1]
     run = run_folder(tmp_path / "c", mistakes=0)
     (run / "lr_find.csv").unlink()
@@ -319,6 +333,7 @@ def test_a_comparison_has_its_table_curves_and_links(tmp_path, capsys):
     rates = report.band([{"lr": [0.1, 0.1]}, {"lr": [0.001, 0.0]}], "lr")  # 0 has no place on the axis
     spread = 10 ** np.std([-1, -3], ddof=1)
     assert rates == [pytest.approx([0.01, 0.01 / spread, 0.01 * spread], rel=1e-5), [0.1] * 3]
+    assert report.band([{"lr": [0.1, 0.0, 0.2]}], "lr") == [[0.1] * 3, [None] * 3, [0.2] * 3]  # each in its epoch
     head, *lines = report.read_table(folder / "comparison.csv")
     loads = [{"plateau-s0": 0.3, "plateau-s1": 0.2}.get(line[head.index("folder")], "") for line in lines]
     column = head.index("other_load")
@@ -519,17 +534,36 @@ def test_curves_are_read_by_pointer_and_by_keys(page, tmp_path):
     for key in ("Home", "ArrowRight", "ArrowRight"):
         page.key(key)
     assert page.js(read)[2].startswith("epoch 3lr 0.1")
-    assert page.js("document.activeElement.getAttribute('aria-valuetext')").startswith("epoch 3train 0.7000")
+    assert page.js("document.activeElement.getAttribute('aria-valuetext')").startswith("epoch 3, train 0.7000")
     assert "sixth 0.1 (used)" in page.js(read)[3] and page.js("document.querySelectorAll('.dot').length") == 6
     page.js("document.querySelectorAll('.chart svg')[3].focus()")
     page.key("End")
     assert "learning rate 10each batch –" in page.js(read)[3]  # where it was infinite
     titles = "[...document.querySelectorAll('.chart figcaption')].slice(0, 3).map(t => t.textContent)"
-    more = ", valid and test of averaged weights"
+    more = " (valid and test: averaged weights)"
     averaged = page.js(titles)
     page.open(report.write(run_folder(tmp_path / "plain", ema=0)))
     assert page.js(titles) == [title.removesuffix(more) for title in averaged]
     assert averaged[:2] == [f"Accuracy{more}", f"Loss (cross-entropy){more}"]
+    assert quiet(page) is True
+
+
+@browser
+@needs_chromium
+def test_a_rate_of_zero_and_numbers_of_many_digits_are_drawn(page, tmp_path):
+    """warm_restarts comes to a rate of 0 where rounding puts the end of a cycle just behind a whole number."""
+    run, rows = run_folder(tmp_path / "run", schedule="warm_restarts"), rows_of(6, 0.8)
+    rows[2]["lr"], rows[3]["batch_size"], rows[4]["momentum"] = 0.0, 1024, 0.9995
+    write_csv(run / "results.csv", rows)
+    page.open(report.write(run))
+    titles = "[...document.querySelectorAll('.chart figcaption')].map(title => title.textContent)"
+    assert page.js(titles)[2:5] == ["Learning rate at the epoch's first step", "Momentum", "Batch size"]
+    read = "[...document.querySelectorAll('.readout')].map(r => r.textContent)"
+    page.js("document.querySelector('.chart svg').focus()")
+    page.key("Home")
+    for place, wanted in ((2, "lr 0.1"), (2, "lr 0.1"), (2, "lr –"), (4, "batch size 1,024"), (3, "momentum 0.9995")):
+        assert page.js(read)[place].endswith(wanted)
+        page.key("ArrowRight")
     assert quiet(page) is True
 
 
@@ -605,7 +639,7 @@ def test_the_page_tells_its_story_in_order(page, tmp_path):
     assert page.js("document.querySelector('.fed img').naturalWidth") == 64
     tile, readout = texts(".tile b")[0], texts(".readout")[0]
     assert readout.startswith("epoch 5 (kept; valid and test in float32)") and f"test {tile}" in readout
-    assert "is 0.7059 to 0.8696 (Wilson's interval)" in texts("section p")[0]
+    assert "of the same kind: 0.7059 to 0.8696 (Wilson)" in texts("section p")[0]
     rules = page.js("[...document.querySelectorAll('.rules')].map(list => list.children.length)")
     assert "Some images are worth a look." in texts(".rules li")[0] and sum(rules) == 7 and rules[0] >= 1
     assert texts(".rules code") and "`" not in page.js("document.querySelector('main').textContent")
