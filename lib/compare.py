@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ def run(configs, train):
     for config in configs:
         models.check(config.model, config.pretrained)  # before hours of the others
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
+    trains = not (configs[0].dry_run or configs[0].lr_find_only)
     tested = {}  # settings that a range test depends on -> the first run folder with them
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
         same = repr([getattr(config, name) for name in FIELDS if name not in (*NOT_IN_RANGE_TEST, *MACHINE)])
@@ -65,7 +66,10 @@ def run(configs, train):
         status = max(status, result)
         if result == 0:
             tested.setdefault(same, folder)
-    if not (configs[0].dry_run or configs[0].lr_find_only):
+            if trains and i < len(configs):
+                with redirect_stdout(None), suppress(BadInput):
+                    report(folders[:i], folders[0].parent)  # a page of the runs so far
+    if trains:
         report(folders, folders[0].parent, configs[0].open)
     return status
 

@@ -91,7 +91,8 @@ def test_a_comparison_that_was_killed_goes_on_and_gives_the_same_table(compared,
         m.setattr(progress.EpochLines, "before_train", lambda self: (self.epoch or started.append(1), before_fit(self)))
         m.setattr(recorder.EpochRecorder, "after_batch", stop)
         assert main(argv(bands, tmp_path)) == 130
-    assert not (tmp_path / "both/comparison.csv").exists() and (tmp_path / "both/one_cycle-s0/env.json").exists()
+    so_far = [(row["variant"], row["seed"]) for row in rows_of(tmp_path / "both/comparison.csv")]
+    assert so_far == [("plateau", "0"), ("plateau", "1")] and (tmp_path / "both/one_cycle-s0/env.json").exists()
     assert main(argv(bands, tmp_path)) == 0
     assert untimed(tmp_path / "both/comparison.csv") == untimed(compared[0] / "comparison.csv")
     assert main(argv(bands, tmp_path)) == 0  # the run that went on still belongs to it
