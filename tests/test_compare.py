@@ -132,23 +132,7 @@ def test_seconds_of_a_run_that_was_disturbed_are_marked():
 
 
 def test_folds_are_runs_of_a_comparison(photos, tmp_path, capsys):
-    argv = [
-        "--data",
-        photos,
-        "--out",
-        tmp_path,
-        "--name",
-        "x",
-        "--folds",
-        2,
-        "--seeds",
-        0,
-        1,
-        *SMALL,
-        "--lr",
-        0.02,
-        0.05,
-    ]
+    argv = ["--data", photos, "--out", tmp_path, *"--name x --folds 2 --seeds 0 1".split(), *SMALL, "--lr", 0.02, 0.05]
     assert main([*map(str, argv)]) == 0
     rows = rows_of(tmp_path / "x/comparison.csv")
     assert [(row["variant"], row["seed"], row["fold"]) for row in rows] == [

@@ -217,16 +217,7 @@ def test_torchrun_on_two_nodes(bands, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", *options, *args]
         return subprocess.Popen(list(map(str, command)), cwd=ROOT)
 
-    rendezvous = [
-        "--nnodes",
-        2,
-        "--nproc-per-node",
-        1,
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{port}",
-    ]
+    rendezvous = "--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint".split() + [f"localhost:{port}"]
     args += ["--threads", 1, "--name", "nodes"]
     nodes = [torchrun(*rendezvous, "--rdzv-id", "x") for _ in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
@@ -239,20 +230,8 @@ def test_torchrun_on_two_nodes(bands, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_torchrun_saves_once_and_ends_all(number, bands, tmp_path):
     """As a terminal does it (Ctrl-C goes to torchrun and to its processes), and as a batch system does."""
-    args = [
-        "train_fastai.py",
-        "--data",
-        bands,
-        "--out",
-        tmp_path,
-        *ARGS,
-        "--epochs",
-        500,
-        "--threads",
-        1,
-        "--name",
-        "run",
-    ]
+    options = [*ARGS, "--epochs", 500, "--threads", 1, "--name", "run"]
+    args = ["train_fastai.py", "--data", bands, "--out", tmp_path, *options]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, *args]
     with open(tmp_path / "said.txt", "w") as said:
         torchrun = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=said, start_new_session=True)

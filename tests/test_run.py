@@ -113,21 +113,8 @@ def test_args_yaml_runs_it_again_with_the_same_result(smoke, tmp_path):
 def test_lr_find_equals_lr_x_to_the_bit(smoke, tmp_path, cache):
     run, _, _ = smoke
     lr = json.loads((run / "summary.json").read_text())["lr"]
-    argv = [
-        "--smoke",
-        "--precision",
-        "float32",
-        "--lr",
-        repr(lr),
-        "--threads",
-        1,
-        "--out",
-        tmp_path,
-        "--cache",
-        cache,
-        "--name",
-        "told",
-    ]
+    argv = ["--smoke", "--precision", "float32", "--lr", repr(lr), "--threads", 1, "--name", "told"]
+    argv += ["--out", tmp_path, "--cache", cache]
     assert main([*map(str, argv)]) == 0
     assert (tmp_path / "told/weights/best.safetensors").read_bytes() == (run / "weights/best.safetensors").read_bytes()
     assert not (tmp_path / "told/lr_find.csv").exists()
@@ -166,20 +153,8 @@ def test_photographs_of_mixed_sizes_in_train_and_val(tmp_path, cache):
                 h, w = rng.integers(90, 400, 2)
                 array = rng.integers(0, 60, (h, w, 3), dtype=np.uint8) + np.uint8(170 * k)
                 save(tmp_path / "photos" / where / name / f"IMG {i}.jpg", array if i % 4 else array[:, :, 0])
-    argv = [
-        "--data",
-        tmp_path / "photos",
-        "--epochs",
-        1,
-        "--lr",
-        0.05,
-        "--model",
-        "small",
-        "--out",
-        tmp_path,
-        "--cache",
-        cache,
-    ]
+    argv = ["--data", tmp_path / "photos", *"--epochs 1 --lr 0.05 --model small".split()]
+    argv += ["--out", tmp_path, "--cache", cache]
     assert main([*map(str, argv), "--name", "photos-run"]) == 0
     env = json.loads((tmp_path / "photos-run/env.json").read_text())
     assert env["images"] == {"train": 20, "valid": 10, "test": 4} and env["size"] == 128
@@ -219,22 +194,7 @@ def test_valid_pct_0_says_that_test_chose(tmp_path, bands, cache, capsys):
 
 
 def test_a_rate_that_explodes_is_status_3_and_names_the_place(tmp_path, bands, cache, capsys):
-    argv = [
-        "--data",
-        bands,
-        "--size",
-        32,
-        "--model",
-        "small",
-        "--lr",
-        1e30,
-        "-b",
-        16,
-        "--out",
-        tmp_path,
-        "--cache",
-        cache,
-    ]
+    argv = ["--data", bands, *"--size 32 --model small --lr 1e30 -b 16".split(), "--out", tmp_path, "--cache", cache]
     assert main([*map(str, argv)]) == 3
     err = capsys.readouterr().err
     assert "epoch 1, batch" in err and "lr 1e+30" in err and err.count("\n") == 1
@@ -298,22 +258,8 @@ def test_digits_end_above_97_percent_within_three_minutes(tmp_path, cache):
 @pytest.mark.slow
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs ../shared/data/cifar10.tgz")
 def test_cifar10_learns(tmp_path, cache):
-    argv = [
-        "--data",
-        CIFAR,
-        "--size",
-        32,
-        "--model",
-        "small",
-        "--epochs",
-        1,
-        "--lr",
-        0.1,
-        "--out",
-        tmp_path,
-        "--cache",
-        cache,
-    ]
+    argv = ["--data", CIFAR, *"--size 32 --model small --epochs 1 --lr 0.1".split()]
+    argv += ["--out", tmp_path, "--cache", cache]
     assert main([*map(str, argv)]) == 0
     (run,) = tmp_path.iterdir()
     rows = rows_of(run / "results.csv")
