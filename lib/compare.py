@@ -303,9 +303,10 @@ def main(argv):
     folders = []
     for given in map(Path, args.runs):
         inside = sorted(file.parent for file in given.glob("*/args.yaml"))
-        folders += [given] if (given / "args.yaml").exists() else inside
-        if given not in folders and not inside:
+        found = [given] if (given / "args.yaml").exists() else inside
+        if not found:
             raise BadInput(f"{given}: is no run folder, and holds none")
+        folders += found
     if (Path(args.out) / "env.json").exists():
         raise BadInput(f"--out {args.out}: is a run folder, whose page would be lost; pass another")
     report(folders, Path(args.out))

@@ -271,6 +271,7 @@ NOT_RUN = {
     "pytest": "these tests",
     "ruff": "changes this checkout; .ci/run checks it",
     ".ci/": "changes this checkout; .ci/run checks it",
+    "python -m tests.benchmarks.rates": "trains 14 tasks at many rates, for hours",
     "python -m tests.benchmarks.growth": "makes 200,000 images, for minutes",
     "python -m tests.benchmarks.gpu --data FOLDER": "9 minutes of a GPU",
     "python -m tests.benchmarks.gpu --rehearse": ".ci/run runs it",
