@@ -130,20 +130,27 @@ def check_log(kind):
 
 
 def writer(kind, folder):
-    """A function that takes an epoch's row to a log of the run `folder`, through the package `kind`."""
+    """A function that takes an epoch's row to a log of the run `folder`, through the package `kind`.
+
+    A resumed run goes on with its run at wandb or MLflow, whose id is in the folder.
+    """
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter  # imports torch
 
         board = SummaryWriter(folder / kind)
         return lambda row: [*(board.add_scalar(k, v, row["epoch"]) for k, v in row.items()), board.flush()]
     package, settings = import_module(kind), read_file(folder / "args.yaml")
+    mark = folder / f"{kind}-id.txt"
+    known = mark.read_text() if mark.exists() else None
     if kind == "wandb":
-        once = dict(reinit="finish_previous")  # in a comparison
-        run = package.init(project="train_fastai", name=folder.name, dir=folder, config=settings, **once)
+        which = dict(id=known, resume="allow", reinit="finish_previous")  # the previous one of a comparison
+        run = package.init(project="train_fastai", name=folder.name, dir=folder, config=settings, **which)
+        write(mark, run.id)
         return lambda row: run.log(row, step=row["epoch"])
     package.end_run()
-    package.start_run(run_name=folder.name)
-    package.log_params(settings)
+    write(mark, package.start_run(run_id=known, run_name=folder.name).info.run_id)
+    if not known:
+        package.log_params(settings)
     return lambda row: package.log_metrics(row, step=row["epoch"])
 
 

@@ -432,17 +432,25 @@ def test_a_log_for_tensorboard(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
 def test_a_log_for_others(kind, tmp_path, monkeypatch):
-    """Each of the two is told the settings and an epoch a row; what it raises is one line."""
+    """Each of the two is told the settings and an epoch a row, and goes on with its run; what it raises is one line."""
     told, (row,) = [], rows_of(1)
 
     class Package:
+        id = run_id = "r1"
+        info = property(lambda self: self)
+
         def __getattr__(self, name):
             return lambda *args, **kwargs: told.append((name, args, kwargs)) or self
 
     (tmp_path / "args.yaml").write_text("momentum: 0.5")
     monkeypatch.setitem(sys.modules, kind, Package())
     runs.logger(kind, tmp_path)([row])
-    assert told[-1][1:] == ((row,), {"step": 1}) and "{'momentum': 0.5}" in str(told[:-1])
+    assert told[-1][1:] == ((row,), {"step": 1}) and "{'momentum': 0.5}" in str(told[:-1]) and "r1" not in str(told)
+    told.clear()
+    runs.logger(kind, tmp_path)
+    name, parameter = {"wandb": ("init", "id"), "mlflow": ("start_run", "run_id")}[kind]
+    assert {name: which[parameter] for name, _, which in told if parameter in which} == {name: "r1"}
+    assert "log_params" not in str(told)  # MLflow refuses values that changed
     monkeypatch.setattr(Package, "__getattr__", lambda self, name: 1 / 0)
     with pytest.raises(BadInput, match=f"--log {kind}: cannot be written .ZeroDivisionError.*--log none"):
         runs.logger(kind, tmp_path)

@@ -148,7 +148,7 @@ def table(rows, sizes, shown=3):
     for kind, found in kinds.items():
         number = f"{len(found):,}"
         if kind == ACROSS:
-            in_sets = Counter(file.split(":")[0] for file in {row["file"] for row in found})
+            in_sets = Counter(file.split(":")[0] for file in dict.fromkeys(row["file"] for row in found))
             number = ", ".join(f"{n:,} of {sizes[name]:,} {name} images" for name, n in in_sets.items())
         first = "; ".join(f"{row['file']} ({row['detail']})" if row["detail"] else row["file"] for row in found[:shown])
         lines.append(f"  {kind}: {number}: {first}" + ("; …" if len(found) > shown else ""))
