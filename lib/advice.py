@@ -106,14 +106,16 @@ def weak_class(run):
 def small_valid(run):
     """The standard error of valid accuracy is above 0.01, so valid can hardly show which epoch is best."""
     (best, *others), n = sorted(run["rows"]["valid_acc"], reverse=True), run["n"]["valid"]
-    if run["summary"]["chosen_on"] != "valid" or run["args"]["valid_pct"] >= 0.5:
+    own = "/ is valid" in run["sets"]
+    if run["summary"]["chosen_on"] != "valid" or (run["args"]["valid_pct"] >= 0.5 and not own):
         return None
     error = standard_error(run["summary"]["valid_acc"], n)
     numbers = f"{n:,} valid images, standard error {error:.4f}"
     numbers += f"; its best two epochs are {best - others[0]:.4f} apart" if others else ""
     less = "" if run["summary"].get("chosen_by") == "loss" else ", or choose by what jumps less, `--keep valid_loss`"
     more = min(2 * run["args"]["valid_pct"], 0.5) or 0.2
-    return error > 0.01, numbers, f"Hold out more, `--valid-pct {more:g}`{less}."
+    what = "Put more images into the folder of valid" if own else f"Hold out more, `--valid-pct {more:g}`"
+    return error > 0.01, numbers, f"{what}{less}."
 
 
 RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, small_valid)
@@ -122,8 +124,9 @@ RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, s
 def advice(run):
     """[applies, rule, numbers, what to try] for each rule that makes sense; while a run trains, for the first alone.
 
-    `run`: args, n (images of each set), rows (columns of results.csv), summary (None while it trains), cuts (epochs at
-    which the rate fell), recalls (name, right images and images of each class), doubts (rows of doubts.csv).
+    `run`: args, sets (where they come from), n (images of each set), rows (columns of results.csv), summary (None while
+    it trains), cuts (epochs at which the rate fell), recalls (name, right images and images of each class), doubts
+    (rows of doubts.csv).
     """
     told = [(rule.__doc__, rule(run)) for rule in (RULES if run["summary"] else RULES[:1])]
     return [[applies, condition, *texts] for condition, found in told if found for applies, *texts in [found]]

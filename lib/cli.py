@@ -141,7 +141,7 @@ OTHER_NAMES = {  # what timm, ultralytics, torchvision and Keras call these sett
 
 class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
-        known, unknown = self.parse_known_args(*args)
+        known, unknown = self.parse_known_intermixed_args(*args)  # options may stand between the others
         if unknown:
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
             word = flags[0].strip("-").replace("_", "-")

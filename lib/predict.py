@@ -132,21 +132,25 @@ def find(arguments, complain=print):
     """
     files = []
     for path in map(Path, arguments):
-        if path.is_dir():
-            passed = defaultdict(list)
-            inside = images_in(path, passed) + [Path(p) for p in passed[LINKS] if os.path.isfile(p)]
-            for p in sorted(passed[UNREAD] + passed[OTHERS]):
-                known = p in passed[UNREAD] or os.path.splitext(p)[1].lower() in Image.registered_extensions()
-                if known or (mimetypes.guess_type(p)[0] or "").startswith("image/"):  # not every system has its list
-                    complain(f"{p}: is passed over; read are {' '.join(EXTENSIONS)}{HOW * (p in passed[UNREAD])}")
-            if not inside:
-                raise BadInput(f"{path}: no images ({' '.join(EXTENSIONS)})")
-            files += sorted(inside, key=Path.as_posix)
-        elif path.exists():
-            files.append(path)
-        else:
-            raise BadInput(f"{path}: no such file or folder")
+        try:
+            files += sorted(inside(path, complain), key=Path.as_posix) if path.is_dir() else [path]
+            path.stat()
+        except OSError as e:
+            raise BadInput(f"{e.filename or path}: {e.strerror.lower()}") from None
     return files
+
+
+def inside(folder, complain):
+    """The images in a folder, as `find` takes them."""
+    passed = defaultdict(list)
+    found = images_in(folder, passed) + [Path(p) for p in passed[LINKS] if os.path.isfile(p)]
+    for p in sorted(passed[UNREAD] + passed[OTHERS]):
+        known = p in passed[UNREAD] or os.path.splitext(p)[1].lower() in Image.registered_extensions()
+        if known or (mimetypes.guess_type(p)[0] or "").startswith("image/"):  # not every system has its list
+            complain(f"{p}: is passed over; read are {' '.join(EXTENSIONS)}{HOW * (p in passed[UNREAD])}")
+    if not found:
+        raise BadInput(f"{folder}: no images ({' '.join(EXTENSIONS)})")
+    return found
 
 
 def explain(predict, folder, first, files, pixels, x, p):
@@ -158,7 +162,7 @@ def explain(predict, folder, first, files, pixels, x, p):
     for row, (file, image, cam, shares) in enumerate(zip(files, pixels, cams, p), first):
         prediction = plots.short(predict.classes[shares.argmax()], 30)
         title = f"{plots.short(file.name, 40)}\n{prediction} {shares.max():.1%}"
-        name = re.sub(r"[^\w.-]", "_", file.stem)[:80]
+        name = re.sub(r"[^\w.-]", "_", file.stem).encode()[:80].decode(errors="ignore")
         runs.write_figure(folder / f"{row:05}-{name}.png", plots.explanation(image, cam, title))
 
 

@@ -226,7 +226,7 @@ def of_run(folder, live):
     pace = rows["seconds"][-1] / n if n else env.get("expected_seconds", 120 * args["epochs"]) / args["epochs"]
     doubts = read_table(folder / "doubts.csv")[1:]
     facts = dict(args=args, n=env["images"], rows=rows, summary=summary, cuts=cuts, doubts=doubts)
-    facts["recalls"] = found.pop("recalls", ())
+    facts |= dict(sets=env.get("sets", ""), recalls=found.pop("recalls", ()))
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note, "pace": number(pace),
         "headline": result, "settings": settings(args, env),

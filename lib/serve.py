@@ -33,6 +33,7 @@ def answer(predict, content):
         "classes": [[predict.classes[k], float(p[0, k])] for k in best[:SHOWN]],
         "image": data_uri(Image.fromarray(pixels[0])),
         "map": data_uri(Image.fromarray(over.round().astype(np.uint8))),
+        "empty": bool(cam.max() <= 0),
     }
 
 

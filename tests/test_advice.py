@@ -11,7 +11,7 @@ from lib.config import Config
 
 def run(train=(0.5, 0.8, 0.97, 0.972), test=0.96, valid=(0.9, 0.95), summary=(), n=(10_000, 10_000), **more):
     """A run of which no rule applies. `n`: images of valid and test; `more`: recalls, doubts, cuts, settings."""
-    facts = {name: more.pop(name) for name in ("recalls", "doubts", "cuts") if name in more}
+    facts = {name: more.pop(name) for name in ("recalls", "doubts", "cuts", "sets") if name in more}
     rows = dict(train_acc=list(train), valid_acc=list(valid), epoch=list(range(1, len(train) + 1)))
     kept = dict(best_epoch=len(train), test_acc=test, valid_acc=max(valid), chosen_on="valid") | dict(summary)
     recalls = [("cat", 950, 1000), ("dog", 970, 1000)]
@@ -21,7 +21,7 @@ def run(train=(0.5, 0.8, 0.97, 0.972), test=0.96, valid=(0.9, 0.95), summary=(),
         rows=rows,
         summary=kept,
     )
-    return {**found, "recalls": recalls, "doubts": [], "cuts": [1.5], **facts}
+    return {**found, "recalls": recalls, "doubts": [], "cuts": [1.5], "sets": "", **facts}
 
 
 def told(rule, **facts):
@@ -118,6 +118,10 @@ def test_valid_that_is_small():
     assert "`--valid-pct 0.2`, or" in text and "`--keep valid_loss`" in text
     assert "`--valid-pct 0.5`" in told(advice.small_valid, valid_pct=0.3)[1]
     assert advice.small_valid(run(valid_pct=0.5)) is None
+    own = "train/ is train, val/ is valid, test/ is test"  # where --valid-pct has no effect
+    for pct in (0.1, 0.5):
+        applies, text = told(advice.small_valid, n=(143, 1), valid_pct=pct, sets=own)
+        assert applies and "Put more images into the folder of valid, or" in text and "--valid-pct" not in text
     assert "--keep" not in told(advice.small_valid, summary={"chosen_by": "loss"})[1]
     assert told(advice.small_valid, valid=[1.0], n=(24, 1))[0]  # where all are right as well
     assert not told(advice.small_valid, valid=[0.75, 0.7, 0.79], n=(5000, 1))[0]

@@ -25,7 +25,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib import cli, data, runs
+from lib import cli, data, predict, runs
 from lib import config as settings
 from lib.cli import BadInput
 from lib.config import Config
@@ -156,6 +156,7 @@ HANDLED = {  # name of the file: (content, or what makes it, mean colour)
         encoded(FRAMES[1], "jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 30),
         (0, 0, 254),
     ),
+    "no exif.png": (encoded(FRAMES[1], "png", exif=bytes(40)), (0, 0, 255)),
 }
 
 
@@ -318,6 +319,9 @@ def test_a_folder_or_file_that_may_not_be_read_is_named(open_tmp):
     for what, mode in ((photos / "b", 0o000), (photos, 0o000), (photos / "a" / "0.png", 0o000)):
         with nobody(what, mode), pytest.raises(BadInput, match=f"{what}.*Permission denied|Permission denied.*{what}"):
             loader.get_dls(Config(data=str(photos), size=16))
+    for what, mode in ((photos / "b", 0o000), (photos, 0o000)):
+        with nobody(what, mode), pytest.raises(BadInput, match=f"^{what}.*: permission denied$"):
+            predict.find([photos if what != photos else photos / "a/0.png"])
 
 
 def test_a_folder_that_may_not_be_written_to_is_seen_before_the_images_are_read(open_tmp, monkeypatch):

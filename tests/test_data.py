@@ -1,7 +1,9 @@
 import functools
 import http.server
+import io
 import json
 import random
+import struct
 import tarfile
 import threading
 import zipfile
@@ -114,6 +116,9 @@ def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
     else:
         with tarfile.open(archive, "w" if kind == "tar" else "w:gz") as t:
             [t.add(p, name) for p, name in files]
+            with zipfile.ZipFile(tmp_path / "inner.zip", "w") as z:  # the last bytes of the tar are a zip's
+                z.writestr("labels.npy", RNG.bytes(1000))
+            t.add(tmp_path / "inner.zip", "pack/labels.npz")
     config = parse("--data", archive, "--size", 32, "--cache", tmp_path / "cache")
     dls = loader.get_dls(config)
     assert len(dls.store) == 120 and dls.store.names[0].startswith("class 0/")
@@ -223,6 +228,19 @@ def test_exif_rotation_sizes_and_shapes(tmp_path):
     content = (tmp_path / "a.png").read_bytes()
     for image in (str(tmp_path / "a.png"), content, Image.open(tmp_path / "a.png"), array.swapaxes(0, 1)):
         assert (decode.read(image, 10) == out).all()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(orientation, kind):
+    array, content = RNG.integers(0, 256, (20, 40, 3), dtype=np.uint8), io.BytesIO()
+    tags = (0x0112, 3, 1, orientation, 0, 0x0128, 4, 1, 70_000)  # a ResolutionUnit that Pillow cannot write anew
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIHHHHIII", 2, *tags, 0)
+    Image.fromarray(array).save(content, kind, exif=exif)
+    found, stored = decode.read(content.getvalue(), 20), np.asarray(Image.open(content))
+    turns = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1)}
+    turns |= {6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90}
+    assert (found == turns.get(orientation, lambda a: a)(stored)).all()
 
 
 def test_arrays_are_images_where_they_have_the_shape_of_one():

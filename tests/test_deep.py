@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 
 import cv2
 import numpy as np
@@ -97,6 +98,30 @@ def test_colours_of_16_bits_are_upright(tmp_path):
     at = deep.index(b"IDAT") - 4
     found = decode.read(deep[:at] + chunk + deep[at:], 20)
     assert found.shape == (40, 20, 3) and found[:20].min() == 156 and found[20:].max() == 0
+
+
+def tiff(array, orientation):
+    """The bytes of an RGB TIFF of uint8 or uint16 pixels."""
+    h, w, _ = array.shape
+    tags = {256: w, 257: h, 258: 8, 259: 1, 262: 2, 273: 14, 274: orientation, 277: 3, 278: h, 279: array.nbytes}
+    entries = [struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, n) for tag, n in tags.items()]
+    start = b"II*\0" + struct.pack("<I3H", 14 + array.nbytes, *[8 * array.itemsize] * 3)
+    return start + array.tobytes() + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_of_16_bits_are_upright_as_those_of_8(orientation):
+    array = RNG.integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    found = decode.read(tiff(array.astype(np.uint16) * 257, orientation), 20)
+    assert (found == decode.read(tiff(array, orientation), 20)).all()
+
+
+def test_a_clear_level_of_16_bits_is_white():
+    array, content = np.full((20, 20), 100, np.uint16), io.BytesIO()
+    array[:, :10] = 1
+    Image.fromarray(array).save(content, "png", transparency=1)
+    found = decode.read(content.getvalue(), 20)
+    assert (found[:, :10] == 255).all() and (found[:, 10:] == 0).all()
 
 
 def test_a_run_says_its_levels_and_predict_takes_them(tmp_path, capsys):

@@ -157,9 +157,10 @@ def test_what_systems_and_programs_leave_is_passed_over_and_said(name, tmp_path,
     assert folders.enter(pack.parent) == pack
 
 
-def test_a_class_may_have_a_programs_name(tmp_path):
-    root = tree(tmp_path, {"": {"models": 9, "logs": 9}})
-    assert sum(map(len, folders.find_images(root, 0.1, 0))) == 18
+@pytest.mark.parametrize("names", [("models", "logs"), ("compost", "Recycled", "recycler")])
+def test_a_class_may_have_a_programs_name(names, tmp_path):
+    root = tree(tmp_path, {"": dict.fromkeys(names, 9)})
+    assert sum(map(len, folders.find_images(root, 0.1, 0))) == 9 * len(names) == len(predict.find([root]))
 
 
 def test_what_a_learner_saves_is_no_part_of_the_data(make, bands, tmp_path, monkeypatch):

@@ -253,6 +253,13 @@ def test_explain_writes_a_picture_an_image(trained, hostile, capsys, tmp_path):
         assert min(image.size) > 400 and np.ptp(right[150:]) > 100 and (left[150:] != right[150:]).mean() > 0.2
 
 
+def test_explain_shortens_a_long_name_and_options_may_come_first(trained, tmp_path, capsys):
+    image = tmp_path / f"{'猫' * 80}.png"
+    shutil.copy(predict.find([trained[1]])[0], image)
+    status, rows, _ = table([trained[0], "--explain", tmp_path / "why", image, "--device", "cpu"], capsys)
+    assert status == 0 and len(rows) == 1 and len(list((tmp_path / "why").iterdir())) == 1
+
+
 def test_bad_input_is_one_line_that_names_it(trained, tmp_path, capsys):
     run, root = trained
     image = predict.find([root])[0]

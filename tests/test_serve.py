@@ -49,6 +49,14 @@ def test_the_answer_is_the_predictors_and_its_map(predictor, bands):
     assert light(brightest) > light(darkest) + 100
 
 
+def test_an_empty_map_is_called_empty(predictor, bands, monkeypatch):
+    client = TestClient(serve.app(predictor, "bands"), base_url="http://127.0.0.1")
+    content = (bands / "class 2/03.png").read_bytes()
+    assert client.post("/predict", content=content).json()["empty"] is False
+    monkeypatch.setattr("lib.explain.maps", lambda *args: np.zeros((1, 32, 32)))
+    assert client.post("/predict", content=content).json()["empty"] is True
+
+
 @pytest.mark.parametrize("content, status, words", [
     (b"no image", 400, "is no whole JPEG"), (b"", 400, "is no whole JPEG"), (b"x" * 2000, 413, "has more than"),
 ])  # fmt: skip

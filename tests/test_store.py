@@ -56,6 +56,14 @@ def test_a_changed_file_is_read_again(ragged, tmp_path):
     assert second[7].max() == 0 and second.folder != first.folder
 
 
+def test_images_are_read_again_where_heic_can_be_read_now(ragged, tmp_path, monkeypatch):
+    keys = set()
+    for known in (decode.KINDS, (".png",), (".png", *decode.HEIF)):
+        monkeypatch.setattr(decode, "EXTENSIONS", known)
+        keys.add(Store(ragged[:2], 24, tmp_path).key())
+    assert len(keys) == 2
+
+
 def test_a_worker_process_maps_the_file_for_itself(ragged, tmp_path):
     file = Store(ragged, 24, tmp_path, cache=tmp_path / "cache")
     content = pickle.dumps(file)

@@ -52,7 +52,11 @@ def unpack(archive, folder):
 
 def members(archive):
     """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
-    if zipfile.is_zipfile(archive):
+    with open(archive, "rb") as file:
+        start = file.read(262)
+    opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), open)
+    tar = opener is not open or start.endswith(b"ustar")  # its last member may be a zip
+    if not tar and zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
             unclear = [m.filename for m in z.infolist() if name_of(m) is None]
             if unclear:
@@ -63,9 +67,6 @@ def members(archive):
                 fault, name = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL, name_of(m) or m.filename
                 yield name, m.file_size, fault, None if name.endswith(("/", "\\")) else partial(z.open, m)
         return
-    with open(archive, "rb") as file:
-        start = file.read(6)
-    opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), open)
     with opener(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as t:
         for m in t:
             plain = m.isdir() or (m.isreg() and not m.issparse())

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lib.cli import BadInput, one_line
 
@@ -26,6 +26,7 @@ RESIZE_RULE = (
     "JPEG decoded at 1/2, 1/4 or 1/8 where that is not under `size` (Pillow's draft); upright (EXIF), RGB, shorter "
     "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by EXIF's orientation
 END = b"\xff\xd9"  # the marker at the end of a JPEG
 GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # changes pixels where it takes the place of missing ones
 large = threading.Lock()  # held where an image may take much memory
@@ -139,16 +140,25 @@ def deep_colours(content, image, levels, seen):
         raise ValueError("its 16 bits a channel cannot be decoded")
     colours, alpha = from_deep(array[..., 2::-1], "I;16", levels, seen), (array[..., 3:] >> 8).astype(np.uint8)
     deep = Image.fromarray(np.dstack([colours, alpha]))
-    deep.getexif().update(image.getexif())
-    return deep
+    return deep if image.format == "TIFF" else upright(deep, image)  # OpenCV has turned a TIFF
+
+
+def upright(image, original):
+    """A PIL image, turned as the EXIF of `original` says; as it is where that cannot be read, as browsers show it."""
+    original.load()  # Pillow itself turns TIFFs here
+    try:
+        turn = TURNS.get(original.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # (ImageOps.exif_transpose also writes the EXIF anew, and raises where Pillow cannot)
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def upright_rgb(image, levels, seen):
     """A PIL image as an upright one in RGB; transparency becomes white."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = upright(image, image)
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(from_deep(np.asarray(image), image.mode, levels, seen))
+        array, clear = np.asarray(image), image.info.get("transparency")  # a level, or None
+        image = Image.fromarray(np.where(array == clear, np.uint8(255), from_deep(array, image.mode, levels, seen)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

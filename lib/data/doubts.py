@@ -69,7 +69,7 @@ def pairs(hashes, thumbnails):
     by each part, and compared with their neighbours. Images with little detail, such as skies, look alike: they count
     as copies only if they are equal.
     """
-    deviation, found = deviations(thumbnails), set()
+    deviation, found = deviations(thumbnails), [np.zeros((0, 2), int)]
     most = np.where(deviation < 2 * PLAIN, np.where(deviation < SOLID, -1, SAME), LEVELS)
     for band in hashes.view(np.uint16).reshape(-1, 4).T:
         order = np.argsort(band, kind="stable")
@@ -81,8 +81,8 @@ def pairs(hashes, thumbnails):
             close = np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS
             a, b = a[close], b[close]
             close = np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= most[a]
-            found |= set(zip(np.minimum(a, b)[close].tolist(), np.maximum(a, b)[close].tolist()))
-    return sorted(found)
+            found.append(np.sort(np.stack([a, b], 1)[close]))
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def deviations(thumbnails):
@@ -91,15 +91,15 @@ def deviations(thumbnails):
 
 
 def copies(store, ids, place, label, hashes, thumbnails):
-    """Near copies: across sets first, then in two classes, then within one class of a set."""
-    kinds = {ACROSS: [], "near copies in two classes": [], "near copies": []}
+    """Near copies: across sets first, then in two classes, then within one class of a set. A kind has a file once."""
+    kinds = {ACROSS: {}, "near copies in two classes": {}, "near copies": {}}
     for pair in pairs(hashes, thumbnails):
         one, other = sorted((ids[row] for row in pair), key=lambda i: -SETS.index(place[i]))
         kind = "near copies" if label[one] == label[other] else "near copies in two classes"
         kind = kind if place[one] == place[other] else ACROSS
         of = lambda i: f"{place[i]}: {store.names[i]}"
-        kinds[kind].append((kind, of(one), of(other)))
-    return [row for rows in kinds.values() for row in rows]
+        kinds[kind].setdefault(one, (kind, of(one), of(other)))
+    return [row for rows in kinds.values() for row in rows.values()]
 
 
 def few(dls):

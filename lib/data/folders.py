@@ -24,7 +24,7 @@ SETS = {  # words that name a set; a word of FILLERS may come with them, as in t
 FILLERS = {"set", "data", "dataset", "images", "imgs", "seg", "split"}
 TEST_PCT = 0.2  # of the images, if the data has no test set
 SYSTEM = (  # names of files and folders that systems leave anywhere, in lower case
-    "lost+found", "$recycle.bin", "recycler", "recycled", "#recycle", "@recycle", "@eadir", "#snapshot", "found.000",
+    "lost+found", "$recycle.bin", "#recycle", "@recycle", "@eadir", "#snapshot", "found.000",
     "system volume information", "__macosx", "__pycache__", "thumbs.db", "desktop.ini", "lost.dir",
     "network trash folder", "temporary items",
 )  # fmt: skip

@@ -133,8 +133,9 @@ class Store:
         return {"fingerprint": digest.hexdigest(), "skipped": skipped}
 
     def key(self):
-        """A hash of what says that files are still the same: names, sizes, times of change."""
-        digest = hashlib.blake2b(repr((FORMAT, PIL.__version__)).encode(), digest_size=8)
+        """A hash of what says that files are still the same, and are read alike: names, sizes, times of change."""
+        heif = ("heif",) * (decode.HEIF[0] in decode.EXTENSIONS)
+        digest = hashlib.blake2b(repr((FORMAT, PIL.__version__, *heif)).encode(), digest_size=8)
         for path in self.paths:
             status = os.stat(path)
             digest.update(f"{str(path)!r} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
