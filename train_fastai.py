@@ -6,6 +6,7 @@ uv run train_fastai.py --schedule plateau one_cycle --seeds 0 1 2      a compari
 uv run train_fastai.py --help                every setting
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -23,6 +24,7 @@ def main(argv=None):
     cli.prepare_output()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(cli.Lasting, streams)  # a run outlives its reader
+    gc.disable()  # before training there is no garbage, and looking for it takes a fifth of the start
     try:
         configs = settings.variants(argv)
         if len(configs) == 1:
@@ -56,13 +58,14 @@ def train(config, tested=None):
     `tested` is a run folder with the same range test; this run uses its result.
     """
     start = time.perf_counter()
-    gc.disable()  # before training there is no garbage, and looking for it takes a fifth of the start
     from lib import data, machine, models, runs
     from lib import train as training
     from lib.train import budget, checkpoint, lecture, ranks, timing
 
-    if not gc.get_freeze_count():
+    if not gc.isenabled():  # the first run of a command
         gc.freeze()  # what the imports made is never looked through
+    if len(config.seeds) > 1:
+        raise cli.BadInput(f"seeds {config.seeds}: train() makes one run; call it for each seed")
     models.check(config.model, config.pretrained)
     runs.check_out(config)
     runs.check_log(config.log)
@@ -88,9 +91,9 @@ def train(config, tested=None):
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
         make = functools.partial(runs.reopen, config) if config.resume else functools.partial(runs.start, asked)
-        run = ranks.on_first(make, runs.NOWHERE)(**facts)
-        lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past, tested))
-        return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
+        with contextlib.closing(ranks.on_first(make, runs.NOWHERE)(**facts)) as run:
+            lr = ranks.same(ranks.on_first(begin)(learn, config, run, facts, past, tested))
+            return 0 if config.lr_find_only else fit(learn, config, run, past, lr, start)
 
 
 def begin(learn, config, run, facts, past, tested):

@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 
 from lib import report as pages
 from lib.cli import BadInput, Parser, command, one_line, printable, read_json
-from lib.config import AXES, FIELDS, MACHINE, NOT_IN_RANGE_TEST, Config, read_file, resumed
+from lib.config import AXES, FIELDS, MACHINE, NOT_IN_RANGE_TEST, Config, data_name, read_file, resumed
 from lib.machine import launched
 from lib.runs import write, write_csv, write_figure
 
@@ -27,7 +27,7 @@ NEEDED = """test_acc last_test_acc valid_acc best_epoch epochs_to_target seconds
     optimizer_state_bytes target""".split()
 NAMES = ("schedule", "optimizer", "model")  # settings whose values say by themselves what they are
 MAY_CHANGE = (*MACHINE, "out")  # settings that may change while a comparison goes on
-UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam")  # in these the runs of a variant may differ
+UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam", "target")  # in these runs of a variant may differ
 
 
 def run(configs, train):
@@ -44,13 +44,15 @@ def run(configs, train):
         raise BadInput(f"a comparison under torchrun: {remedy}")
     for config in configs:
         models.check(config.model, config.pretrained)  # before hours of the others
+    spare(configs[0].out, "--name")
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
     trains = not (configs[0].dry_run or configs[0].lr_find_only)
     tested = {}  # settings that a range test depends on -> the first run folder with them
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
         same = repr([getattr(config, name) for name in FIELDS if name not in (*NOT_IN_RANGE_TEST, *MACHINE)])
         if not (config := unfinished(config, folder)):
-            tested.setdefault(same, folder)
+            if (folder / "lr_find.csv").exists() and (folder / "lr_find.png").exists():
+                tested.setdefault(same, folder)
             continue
         print(f"\nrun {i} of {len(configs)}: {folder.name}", flush=True)
         try:
@@ -72,6 +74,12 @@ def run(configs, train):
     if trains:
         report(folders, folders[0].parent, configs[0].open)
     return status
+
+
+def spare(folder, flag):
+    """Raises BadInput if `folder`, which is to hold a comparison, is a run folder."""
+    if (Path(folder).expanduser() / "env.json").exists():
+        raise BadInput(f"{folder}: is a run folder, whose page would be lost; pass another {flag}")
 
 
 def unfinished(config, folder):
@@ -106,7 +114,8 @@ def load(folder):
     try:
         if not (folder / "summary.json").exists():
             return None
-        args = Config(**read_file(folder / "args.yaml")).to_dict()
+        config = Config(**read_file(folder / "args.yaml"))
+        args = config.to_dict() | {"data": data_name(config)}  # a machine's folders do not make a variant
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(f)]
@@ -253,6 +262,10 @@ def report(folders, out, show=False):
     if not runs:
         raise BadInput(f"{', '.join(missing)}: none of the runs is finished")
     (variants, differ), rows, curves = by_variant(runs), [], {}
+    target = runs[0]["summary"]["target"]
+    for run in runs:  # each may have had a target of its own
+        at = next((row for row in run["rows"] if target and row["test_acc"] >= target), None)
+        run["summary"] |= dict(epochs_to_target=at and int(at["epoch"]), seconds_to_target=at and at["seconds"])
     for name, group in variants.items():
         for run in group:
             more = dict(variant=name, last_train_acc=run["rows"][-1]["train_acc"], other_load=None)
@@ -265,7 +278,7 @@ def report(folders, out, show=False):
     title = out.resolve().name
     write(out / "comparison.md", "\n\n".join([f"# {title}", text, *notes]) + "\n")
     finals = {name: [run["summary"]["test_acc"] for run in group] for name, group in variants.items()}
-    write_figure(out / "comparison.png", plots.comparison(curves, title, runs[0]["summary"]["target"], finals))
+    write_figure(out / "comparison.png", plots.comparison(curves, title, target, finals))
     page = pages.write(out, show=show)
     print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 
@@ -275,8 +288,8 @@ def remarks(runs, missing, differ):
     notes, folds = [], {run["args"]["folds"] for run in runs} - {0}
     if missing:
         notes.append(f"Not finished, and left out: {', '.join(missing)}.")
-    seen = {(run["args"]["fold"], run["env"]["data_fingerprint"]) for run in runs}  # it depends on the sets' order
-    if len(seen) > len({fold for fold, _ in seen}):
+    made = lambda run: (run["args"]["fold"], run["env"].get("size"))  # a fingerprint depends on these two
+    if len({(made(run), run["env"]["data_fingerprint"]) for run in runs}) > len(set(map(made, runs))):
         notes.append("These runs saw different images: the comparison is not fair.")
     if "test" in {run["summary"]["chosen_on"] for run in runs}:
         notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
@@ -307,8 +320,7 @@ def main(argv):
         if not found:
             raise BadInput(f"{given}: is no run folder, and holds none")
         folders += found
-    if (Path(args.out) / "env.json").exists():
-        raise BadInput(f"--out {args.out}: is a run folder, whose page would be lost; pass another")
+    spare(args.out, "--out")
     report(folders, Path(args.out))
 
 

@@ -18,6 +18,11 @@ from types import SimpleNamespace
 
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from lib.cli import BadInput, one_line, printable, read_json
 from lib.config import FEW_VALID, RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
@@ -104,15 +109,30 @@ def whole_folder(path, pick=lambda part: part):
 
 
 class Run:
-    """One run folder: `run.path`, and `run.env`, the content of env.json."""
+    """One run folder: `run.path`, and `run.env`, the content of env.json. One process at a time has it."""
 
     def __init__(self, path, config, env, **as_asked):
-        self.path, self.env = path, env
+        path.mkdir(exist_ok=True)
+        self.path, self.env, self.lock = path, env, os.open(path, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise BadInput(f"{path}: another process trains in it; wait for its end, or stop it") from None
+        except OSError:
+            pass  # a disk without locks
         write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": "", **as_asked}, sort_keys=False))
         self.note()
 
     def __truediv__(self, name):
         return self.path / name
+
+    def close(self):
+        """Lets another process go on with the run."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def note(self, **facts):
         """Adds facts to env.json."""
@@ -120,7 +140,7 @@ class Run:
         write_json(self / "env.json", self.env)
 
 
-NOWHERE = SimpleNamespace(path=Path())  # the run, on a rank that writes nothing
+NOWHERE = SimpleNamespace(path=Path(), close=lambda: None)  # the run, on a rank that writes nothing
 
 
 def check_log(kind):
@@ -225,12 +245,13 @@ def reopen(config, **facts):
         raise BadInput(f"--data {config.data}: its images are not those that {path} was trained on; pass those")
     now = {**environment(), **{name: facts[name] for name in OF_MACHINE}}
     of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
+    env = {**facts, **now, **env, **of_data, "ended": "", "resumed": [*env.get("resumed", []), now]}
+    run = Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
     try:
         (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     except OSError as e:
         raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
-    env = {**facts, **now, **env, **of_data, "ended": "", "resumed": [*env.get("resumed", []), now]}
-    return Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
+    return run
 
 
 def read_card(path):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import scipy.stats
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +100,13 @@ def test_a_comparison_that_was_killed_goes_on_and_gives_the_same_table(compared,
     assert "What differs: schedule." in (tmp_path / "both/comparison.md").read_text()
 
 
+def test_a_comparison_does_not_take_a_runs_folder(compared, bands, capsys):
+    out, page = compared[0], (compared[0] / "plateau-s0/report.html").read_bytes()
+    assert main(argv(bands, out, "--name", "plateau-s0")) == 2
+    assert "is a run folder, whose page would be lost; pass another --name" in capsys.readouterr().err
+    assert (out / "plateau-s0/report.html").read_bytes() == page
+
+
 def test_finished_runs_of_anywhere_are_compared(compared, tmp_path, capsys):
     folder, _ = compared
     assert compare.main([str(folder), "--out", str(tmp_path / "again")]) == 0
@@ -111,6 +119,42 @@ def test_finished_runs_of_anywhere_are_compared(compared, tmp_path, capsys):
     assert compare.main([str(tmp_path), "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(tmp_path) in err
+
+
+@pytest.fixture
+def pair(compared, tmp_path):
+    """Two finished runs of one variant: (function that changes the files of the second, that compares the two)."""
+    for seed in (0, 1):
+        shutil.copytree(compared[0] / f"plateau-s{seed}", tmp_path / f"s{seed}")
+
+    def change(file, read, write, **values):
+        path = tmp_path / "s1" / file
+        path.write_text(write({**read(path.read_text()), **values}))
+
+    def compared_text():
+        assert compare.main([str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "both")]) == 0
+        return (tmp_path / "both/comparison.md").read_text()
+
+    return change, compared_text
+
+
+def test_runs_of_two_machines_and_of_two_targets_are_one_variant(pair, bands, tmp_path):
+    change, text = pair
+    change("args.yaml", yaml.safe_load, yaml.safe_dump, data=f"/elsewhere/{bands.name}", target=0.01)
+    change("summary.json", json.loads, json.dumps, target=0.01, epochs_to_target=1, seconds_to_target=1.0)
+    assert "| plateau | 2 |" in text() and "epochs to 0.01" not in text()
+    for seed in (0, 1):
+        path = tmp_path / f"s{seed}/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"target": [0.01, 2.0][seed]}))
+    assert re.search(r"epochs to 0.01 .*\n.*\n\| plateau \| 2 \| .* \| 1.0 ± 0.0 \|", text())
+
+
+def test_runs_of_two_sizes_saw_the_same_images(pair):
+    change, text = pair
+    change("env.json", json.loads, json.dumps, data_fingerprint="other")
+    assert "saw different images" in text()
+    change("env.json", json.loads, json.dumps, size=64)
+    assert "saw different images" not in text()
 
 
 def test_epochs_to_the_target_are_whole_for_one_run_and_a_mean_for_more():
@@ -273,8 +317,11 @@ def test_a_seed_has_one_range_test_where_settings_make_no_difference(bands, tmp_
     assert (tmp_path / "single/results.csv").exists()
     shutil.rmtree(folder / "one_cycle-s1")
     assert main(argv(bands, tmp_path, *few)) == 0 and len(tests) == 3  # a comparison that goes on shares it too
+    (folder / "plateau-s0/lr_find.png").unlink()
+    shutil.rmtree(folder / "one_cycle-s0")
+    assert main(argv(bands, tmp_path, *few)) == 0 and len(tests) == 4  # but not one whose figure was removed
     different = ["--optimizer", "sgd", "adam", "--schedule", "constant", "--name", "two", *few[3:]]
-    assert main(argv(bands, tmp_path, *different, "--seeds", "0")) == 0 and len(tests) == 5
+    assert main(argv(bands, tmp_path, *different, "--seeds", "0")) == 0 and len(tests) == 6
 
 
 PRETRAINED = {"pretrained": "torchvision", "freeze_epochs": 1}

@@ -505,6 +505,27 @@ def test_a_fit_begins_at_start_epoch(learner):
     assert [row["epoch"] for row in learn.recorder.rows] == [3]
 
 
+def test_a_fit_that_begins_later_sees_the_images_of_its_epochs(learner):
+    """With fastai's own callback and `start_epoch`, the weights are those of a fit that was never cut."""
+    whole, second = learner(), learner()
+    whole.fit(3, 0.05, cbs=SaveModelCallback(every_epoch=True, with_opt=True))
+    second.load("model_1")
+    second.fit(3, 0.05, start_epoch=2)
+    for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_no_callback_of_ours_hides_what_a_learner_has(learner):
+    """fastai makes each callback an attribute of its learner."""
+    found, todo = [], [Callback]
+    while todo:
+        todo += (kinds := todo.pop().__subclasses__())
+        found += [kind for kind in kinds if kind.__module__.startswith("lib.")]
+    learn = learner()
+    names = {kind: object.__new__(kind).name for kind in found}
+    assert len(found) >= 12 and not [kind for kind, name in names.items() if hasattr(type(learn), name)]
+
+
 # --- looks -----------------------------------------------------------------------------------------------------------
 
 

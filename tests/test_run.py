@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from scipy.stats import binomtest
 
+import train_fastai
 from lib import data, runs
 from lib.cli import BadInput
 from lib.config import Config
@@ -221,6 +222,25 @@ def test_no_garbage_is_looked_for_before_training_and_some_is_from_then_on(tmp_p
     monkeypatch.setattr(evaluate, "range_test", note(range_test))
     assert main([*argv, "--lr", "find"]) == 0 and looks == [False, True]
     assert main([*argv, "--data", str(tmp_path / "none")]) == 2 and gc.isenabled() and not gc.get_freeze_count()
+    with pytest.raises(BadInput, match="none"):
+        train_fastai.train(Config(data=str(tmp_path / "none")))
+    with pytest.raises(BadInput, match=r"seeds \(0, 1\): train\(\) makes one run"):
+        train_fastai.train(Config(data="digits", seeds=(0, 1)))
+    assert gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path, bands, cache, capsys):
+    argv = [*map(str, ["--data", bands, *SMALL, "--out", tmp_path, "--cache", cache, "--name", "x", "--lr", 0.02])]
+    assert main(argv) == 0
+    summary = (tmp_path / "x/summary.json").read_text()
+    env = (tmp_path / "x/env.json").read_text()
+    other = runs.Run(tmp_path / "x", Config(**runs.read_file(tmp_path / "x/args.yaml")), json.loads(env))
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "x")]) == 2
+    err = capsys.readouterr().err
+    assert "x: another process trains in it" in err and err.count("\n") == 1
+    assert (tmp_path / "x/summary.json").read_text() == summary and (tmp_path / "x/env.json").read_text() == env
+    other.close()
 
 
 def test_a_name_that_is_taken_gets_a_number(tmp_path):

@@ -10,7 +10,8 @@ from torch.optim import lr_scheduler
 from lib import config
 from lib.cli import BadInput
 from lib.config import Config
-from lib.train import checkpoint, lecture, optimizers, plateau, progress, schedules
+from lib.data.augment import shuffled
+from lib.train import build, checkpoint, lecture, optimizers, plateau, progress, schedules
 from tests.test_checkpoint import same
 from train_fastai import main
 
@@ -54,15 +55,16 @@ def test_triangular_rates_are_torchs(name, mode, epochs, length, div):
     assert (trace[:, 1] == 0.9).all()
 
 
-@pytest.mark.parametrize("epochs, first, mult", [(14, 2, 2), (10, 5, 1), (13, 1, 3)])
+@pytest.mark.parametrize("epochs, first, mult", [(14, 2, 2), (10, 5, 1), (13, 1, 3), (12, 1.2, 1), (30, 0.3, 2)])
 def test_warm_restarts_are_torchs(epochs, first, mult):
     c = Config(schedule="warm_restarts", epochs=epochs, lr=0.2, cycle_length=first / epochs, cycle_mult=mult)
     opt = optimizer(0.2)
-    theirs = lr_scheduler.CosineAnnealingWarmRestarts(opt, first, mult)
+    scale = 1 if first % 1 == 0 else 10  # torch's first cycle is a whole number: in these units
+    theirs = lr_scheduler.CosineAnnealingWarmRestarts(opt, round(first * scale), mult)
     expected = []
     for epoch in range(epochs):
         for i in range(STEPS):
-            theirs.step(epoch + i / STEPS)
+            theirs.step((epoch + i / STEPS) * scale)
             expected.append(opt.param_groups[0]["lr"])
     found = schedules.trace(c, STEPS)[:, 0]
     restart = np.isclose(found, 0.2, rtol=1e-6) != np.isclose(expected, 0.2, rtol=1e-6)  # rounding at a cycle's edge
@@ -142,6 +144,16 @@ def test_the_batch_grows_where_the_rate_would_shrink(make, capsys):
     shrunk = [row["lr"] / row["batch_size"] for row in rows]
     np.testing.assert_allclose(shrunk, 0.01 * np.array([1, 1, 0.5, 0.25, 0.125]))
     assert learn.dls.train.bs == 10 and "batch size 10 -> 20" in capsys.readouterr().out
+
+
+def test_a_batch_grows_to_all_images_and_no_further(make):
+    settings = "--epochs 4 --lr 0.1 -b 40 --patience-epochs 0 --threshold 9 --threshold-mode abs --factor 0.3".split()
+    c, learn = make(*settings, "--schedule", "grow_batch")
+    n = learn.dls.train.n
+    schedules.fit(learn, c, 0.1)
+    assert n < 100 and [row["batch_size"] for row in learn.recorder.rows] == [40, 40, n, n]
+    shrunk = [row["lr"] / row["batch_size"] for row in learn.recorder.rows]
+    np.testing.assert_allclose(shrunk, 0.1 / 40 * np.array([1, 1, 0.3, 0.09]))
 
 
 def test_a_batch_that_cannot_grow_leaves_the_rate_to_shrink(make):
@@ -247,7 +259,7 @@ def test_gradient_noise_has_the_papers_variance_and_repeats(make):
     assert abs(torch.corrcoef(torch.stack([s[0].flatten() for s in seeds[1:]]))[0, 1]) < 0.1
 
 
-def test_noise_only_behind_a_plateau(make, capsys):
+def test_noise_only_behind_a_plateau(make, capsys, monkeypatch):
     plateaus = "--patience-epochs 1 --threshold 1 --threshold-mode abs".split()
     _, learn = make("--epochs", 6, "--grad-noise", 1e-6, "--perturb-on-plateau", *plateaus)
     seen = []
@@ -257,6 +269,9 @@ def test_noise_only_behind_a_plateau(make, capsys):
     learn.fit(6, 1e-6)
     assert [on for epoch, on in dict(seen).items()] == [False, False, False, True, False, True]
     assert capsys.readouterr().out.count("are perturbed") == 2
+    monkeypatch.setattr(lecture.ranks, "leads", lambda: False)  # another rank prints nothing
+    learn.fit(6, 1e-6)
+    assert "perturbed" not in capsys.readouterr().out
     with pytest.raises(BadInput, match="--grad-noise"):
         Config(perturb_on_plateau=True)
 
@@ -310,6 +325,8 @@ def test_the_loader_takes_balanced_batches(make):
     plain = make("-b", 8)[1].dls.train
     assert any(max(counts) - min(counts) > 2 for counts in [np.bincount(y, minlength=4) for _, y in plain])
     assert dl.new().order is lecture.balanced_order
+    build(Config(), learn.dls, learn.model)  # the same loaders again, without
+    assert dl.order is shuffled
 
 
 RUN = "--size 32 --model small --epochs 3 --lr 0.02 -b 16 --gallery 0".split()

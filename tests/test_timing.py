@@ -2,12 +2,13 @@ import csv
 import json
 import re
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from lib.cli import duration, until
-from lib.train import progress, timing
+from lib.train import lr_range, progress, timing
 from tests.conftest import state_of
 from train_fastai import main
 
@@ -30,6 +31,18 @@ def test_an_epoch_is_its_updates_and_its_evaluations(make, monkeypatch):
     n_eval, batch = len(learn.dls.valid.dataset) + len(learn.dls.test.dataset), len(learn.dls.valid.plain()[0])
     updates = -(-len(learn.dls.train) // 2)
     assert timing.epoch_seconds(learn, 3.0) == pytest.approx(updates * 3 + 0.5 / batch * n_eval)
+
+
+def test_a_rank_times_its_slice_of_a_batch(make, monkeypatch):
+    config, learn = make("-b", 16)
+    monkeypatch.setattr(timing, "ranks", types.SimpleNamespace(world=lambda: 4))
+    seen, run = [], lr_range.run
+    spy = lambda *args, **kwargs: seen.append(len(learn.dls.train.one_batch()[0])) or run(*args, **kwargs)
+    monkeypatch.setattr(lr_range, "run", spy)
+    timing.expectation(learn, config, "float32", step=1.0)
+    assert seen == [4] and len(learn.dls.train.one_batch()[0]) == 16
+    monkeypatch.setattr(timing, "evaluation_seconds", lambda learn: 8.0)
+    assert timing.epoch_seconds(learn, 1.0) == len(learn.dls.train) + 2.0
 
 
 def test_a_long_run_names_a_faster_network(make, monkeypatch):

@@ -47,7 +47,7 @@ def measure(config, dls, precision, name):
     learn = build(one, dls, model, precision)
     step, evaluation = timing.step_seconds(learn, STEPS), timing.evaluation_seconds(learn)
     image = evaluation / (len(dls.valid.ids) + len(dls.test.ids))
-    test = step + image * dls.valid.bs * (config.lr_find_on == "valid")
+    test = step * ranks.world() + image * dls.valid.bs * (config.lr_find_on == "valid")
     end = 2 if precision == "float32" else 4  # times the evaluation after an epoch
     rest = config.lr_iters * test * (config.lr == "find") + end * (evaluation + image * len(dls.unlabelled)) + FIGURES
     return timing.epoch_seconds(learn, step, evaluation), rest

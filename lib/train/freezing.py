@@ -7,6 +7,7 @@ class Freeze(Callback):
     """fastai's freeze for the first epochs of training: the head and the norms learn, the body stays."""
 
     order, train_only = 60, True
+    name = "freeze_first"  # fastai makes it an attribute of the learner, whose `freeze` stays
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 
 from lib import runs
+from lib.data.augment import shuffled
 from lib.models import split
 from lib.train import ranks
 from lib.train.averaging import EMA, macro_f1
@@ -257,6 +258,7 @@ class SGDLearner(Looks):
             self.opt.set_hypers(mom=self.mom)
         self.opt.zero_grad()  # of a fit that was cut short
         self.first_epoch, self.first_batch = start_epoch, 0
+        self.epochs_trained = max(self.epochs_trained, start_epoch)  # by an earlier process
         super().fit(n_epoch, lr, wd, cbs)
 
     def fit_flat_cos(self, n_epoch, *args, start_epoch=0, **kwargs):
@@ -322,8 +324,7 @@ def build(config, dls, model, precision="float32", cbs=None):
     if config.compile:
         check_compiler(torch.device(dls.device), precision)
         cbs.append(Compile())
-    if config.balanced_batches:
-        dls.train.order = balanced_order
+    dls.train.order = balanced_order if config.balanced_batches else shuffled
     options = dict(optimizer=config.optimizer, mom=config.momentum, wd=config.weight_decay)
     options["accumulate"] = config.accumulate
     if "macro_f1" in (config.monitor, config.keep):

@@ -7,6 +7,7 @@ import torch
 from fastai.callback.core import Callback
 
 from lib.data.augment import shuffled
+from lib.train import ranks
 from lib.train.plateau import ReduceLROnPlateau
 from lib.train.randomness import seed_from
 
@@ -43,6 +44,8 @@ def batch_sizes(config):
 class GrowBatchOnPlateau(ReduceLROnPlateau):
     """On a plateau the training batch grows by 1 / factor, up to a largest; what is left shrinks the learning rate.
 
+    The largest is `max_batch_size`, or all training images where they are fewer.
+
     "Don't decay the learning rate, increase the batch size" (Smith et al., arXiv 1711.00489): lr / batch size falls as
     under ReduceLROnPlateau. `growths` lists (epoch, batch size). The loader has its own batch size back after the fit.
     """
@@ -62,11 +65,12 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
 
     def reduce(self, factor):
         loader = self.learn.dls.train
-        old, new = loader.bs, grown(loader.bs, factor, self.max_batch_size)
+        most = min(self.max_batch_size, loader.n)  # a batch has no more than all images
+        old, new = loader.bs, grown(loader.bs, factor, most)
         if new > old:
             loader.bs = new
             self.growths.append((self.epoch + 1, new))
-        if new >= self.max_batch_size:
+        if new >= most:
             super().reduce(min(factor * new / old, 1.0))
 
     def after_fit(self):
@@ -119,7 +123,7 @@ class GradNoise(Callback):
     def after_epoch(self):
         if self.plateau:
             self.on = self.plateau.step(self.learn.recorder.rows[-1][self.monitor])
-            if self.on:
+            if self.on and ranks.leads():
                 print(f"plateau: {self.monitor} stands still; the next epoch's gradients are perturbed", flush=True)
 
     def state_dict(self):

@@ -111,7 +111,7 @@ def warm_restarts(config, lr):
 
     def hypers(epochs_done):
         length = config.cycle_length * config.epochs
-        while epochs_done >= length:
+        while epochs_done >= length * (1 - 1e-9):  # sums of rounded lengths
             epochs_done, length = epochs_done - length, length * config.cycle_mult
         return {"lr": lr * (1 + math.cos(math.pi * epochs_done / length)) / 2}
 
@@ -151,7 +151,7 @@ def trace(config, steps_per_epoch, values=None):
         opt=opt,
         recorder=SimpleNamespace(metric_names=["epoch", config.monitor, "time"], values=[]),
         cbs=[owner],
-        dls=SimpleNamespace(train=SimpleNamespace(bs=batch_sizes(config)[0])),
+        dls=SimpleNamespace(train=SimpleNamespace(bs=batch_sizes(config)[0], n=config.max_batch_size)),
         n_iter=steps_per_epoch,
         training=True,
         epoch=0,

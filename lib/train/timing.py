@@ -7,7 +7,7 @@ import numpy as np
 
 from lib import models
 from lib.cli import duration, until
-from lib.train import lr_range
+from lib.train import lr_range, ranks
 from lib.train.learner import build
 
 STEPS = 4  # that are timed; the first two are not counted
@@ -16,12 +16,17 @@ LONG = 1800  # seconds from which a faster network is named
 
 
 def step_seconds(learn, steps=STEPS):
-    """Median seconds of a real update, on a copy of the model; leaves no trace in `learn`."""
-    return lr_range.run(learn, np.full(steps, 1e-9), stop_div=False).step_seconds
+    """Median seconds of a real update, of this rank's slice of a batch, on a copy of the model; leaves no trace."""
+    loader = learn.dls.train
+    try:
+        loader.world = ranks.world()
+        return lr_range.run(learn, np.full(steps, 1e-9), stop_div=False).step_seconds
+    finally:
+        loader.world = 1  # as before a fit
 
 
 def evaluation_seconds(learn):
-    """Seconds of an evaluation of valid and test, from one batch of valid."""
+    """Seconds of an evaluation of valid and test by one process, from one batch of valid."""
     valid, test = learn.dls.valid, getattr(learn.dls, "test", None)
     batch = valid.plain(max(PIXELS // learn.dls.store.size**2, 2))
     start = time.perf_counter()
@@ -33,11 +38,12 @@ def evaluation_seconds(learn):
 def epoch_seconds(learn, step, evaluation=None):
     """Seconds of an epoch whose updates take `step` seconds each: those of training, and of valid and test after it."""
     updates = -(-len(learn.dls.train) // learn.accumulate)
-    return step * updates + (evaluation_seconds(learn) if evaluation is None else evaluation)
+    return step * updates + (evaluation_seconds(learn) if evaluation is None else evaluation) / ranks.world()
 
 
 def expectation(learn, config, precision, step=None):
     """(seconds, line that says so) of the epochs of a run, from its range test's `step` seconds or a few steps."""
+    step = step if ranks.world() == 1 else None  # the range test's batches were whole
     seconds = config.epochs * epoch_seconds(learn, step or step_seconds(learn))
     line = f"{config.epochs} epochs take about {duration(seconds)} here ({until(seconds)})"
     if seconds > LONG and config.model != "small" and not config.pretrained:
