@@ -32,17 +32,14 @@ def main(argv=None):
         from lib import compare
 
         return compare.run(configs, train)
-    except cli.BadInput as e:
+    except cli.OneLine as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(e, cli.BadInput) else 1
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, MemoryError) or "out of memory" in str(e) or "t allocate memory" in str(e)):
             raise
         print(f"error: {cli.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
         return 2
-    except cli.OneLine as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted; if there is a run folder, --resume goes on with it", file=sys.stderr)
         return 130

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import unicodedata
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MOST_TEXT = 10**6  # characters of a YAML file
@@ -43,7 +43,21 @@ class BadInput(OneLine):
 
 def one_line(error):
     """The exception of a library as text for a `BadInput`."""
-    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return printable(" ".join(text.split()))
+
+
+@contextmanager
+def refused(what, remedy="", errors=Exception):
+    """`errors` of a library that are raised inside become the BadInput "what (error); remedy"."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except errors as e:
+        raise BadInput(f"{what} ({one_line(e)[:500]})" + (f"; {remedy}" if remedy else "")) from None
 
 
 def brief(value):

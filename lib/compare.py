@@ -7,15 +7,14 @@ import csv
 import dataclasses
 import os
 import sys
-import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import ttest_rel
+from scipy import stats
 
 from lib import report as pages
-from lib.cli import BadInput, Parser, command, one_line, printable, read_json
+from lib.cli import BadInput, Parser, command, printable, read_json, refused
 from lib.config import AXES, FIELDS, MACHINE, NOT_IN_RANGE_TEST, Config, data_name, read_file, resumed
 from lib.machine import launched
 from lib.runs import write, write_csv, write_figure
@@ -110,8 +109,8 @@ def unfinished(config, folder):
 
 def load(folder):
     """A finished run from its folder: {folder, args, env, rows, summary}; None if it is not finished."""
-    folder = Path(folder)
-    try:
+    folder, damaged = Path(folder), (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error)
+    with refused(f"{folder}: is no run folder, or damaged", errors=damaged):
         if not (folder / "summary.json").exists():
             return None
         config = Config(**read_file(folder / "args.yaml"))
@@ -123,8 +122,6 @@ def load(folder):
         [float(summary[name] or 0) for name in NEEDED], float(summary.get("other_load") or 0)
         summary["mistakes"], env["images"]["test"]
         summary["chosen_on"], env["data_fingerprint"], rows[0]["test_acc"], rows[0]["train_acc"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as e:
-        raise BadInput(f"{folder}: is no run folder, or damaged ({one_line(e)})") from None
     return {"folder": folder, "args": args, "env": env, "rows": rows, "summary": summary}
 
 
@@ -189,12 +186,8 @@ def disturbed(run):
 
 def interval(scores, base):
     """Mean of paired differences, and half the width of its 95% interval (Student's t); None for fewer than 2 pairs."""
-    mean = np.mean(np.subtract(scores, base))
-    if len(scores) < 2:
-        return mean, None
-    with warnings.catch_warnings(action="ignore"):  # scipy warns if all differences are equal
-        low, high = ttest_rel(scores, base).confidence_interval(0.95)
-    return mean, (high - low) / 2
+    apart = np.subtract(scores, base)
+    return apart.mean(), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart) if len(apart) > 1 else None
 
 
 def verdict(first, name, mean, half, n):

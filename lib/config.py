@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lib.cli import BadInput, Parser, brief, guess, is_text, one_line, read_json, read_yaml
+from lib.cli import BadInput, Parser, brief, guess, is_text, read_json, read_yaml, refused
 
 Auto = Literal["auto"]
 AUGMENTS = ("standard", "photo", "none")
@@ -251,10 +251,8 @@ def parser():
 
 def read_file(path):
     """The settings in a YAML file. Raises BadInput where it cannot be read or has an unknown key."""
-    try:
+    with refused(f"--config {path}: cannot be read", "repair it, or pass another"):  # PyYAML raises its own, and others
         settings = read_yaml(path)
-    except Exception as e:  # PyYAML raises its own, and what its constructors meet: IndexError, RecursionError, …
-        raise BadInput(f"--config {path}: cannot be read ({one_line(e)}); repair it, or pass another") from None
     for name in settings:
         if name not in FIELDS:
             raise BadInput(f"--config {path}: unknown setting {brief(name)}" + guess(name, FIELDS))
@@ -285,12 +283,11 @@ def resumed(flags):
     whole = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
     if whole != run:
         raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {whole}, which goes on from last.pt")
-    try:
+    faults = OSError, ValueError, TypeError, OverflowError
+    with refused(f"--resume {run}: is no run folder, or its env.json is damaged", errors=faults):
         env = read_json(run / "env.json")
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
             raise ValueError("lr or resumed is not what a run writes")
-    except (OSError, ValueError, TypeError, OverflowError) as e:
-        raise BadInput(f"--resume {run}: is no run folder, or its env.json is damaged ({one_line(e)})") from None
     became = {name: env[name] for name in RESOLVED if name in env}
     before = Config(**read_args(run / "args.yaml") | became | {"dry_run": False, "lr_find_only": False, "open": False})
     config = dataclasses.replace(before, **{"minutes": 0.0} | flags)

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lib.cli import BadInput, Parser, command, one_line, printable
+from lib.cli import BadInput, Parser, command, printable, refused
 from lib.data.decode import EXTENSIONS, batch_size, centre, read
 from lib.data.folders import LINKS, OTHERS, UNREAD, images_in
 from lib.runs import write_table
@@ -48,13 +48,9 @@ def load(run, device="auto", tta=False):
         if not path.is_file():
             raise BadInput(f"{path}: not found; a run writes it at the end of its first epoch")
     card = runs.read_card(card_file)
-    try:
+    with refused(f"{run}: its weights cannot be loaded"):  # safetensors and torch each raise their own
         model = models.rebuild(card)
         model.load_state_dict(load_file(weights))
-    except BadInput:
-        raise
-    except Exception as e:  # safetensors and torch each raise their own
-        raise BadInput(f"{run}: its weights cannot be loaded ({one_line(e)})") from None
     if tta and card.get("flip") is not True:
         raise BadInput(f"--tta: {card_file} does not say that the images of training were flipped; leave it out")
     device = machine.pick_device(SimpleNamespace(device=device)) if isinstance(device, str) else device
@@ -212,10 +208,8 @@ def main(argv):
     files = find(args.images, complain)
     folder = args.explain and Path(args.explain).expanduser()
     if folder:
-        try:
+        with refused(f"--explain {folder}: cannot be made", errors=OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise BadInput(f"--explain {folder}: cannot be made ({e.strerror})") from None
     shown, table = printable if sys.stdout.isatty() else str, csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(COLUMNS)
     for row in rows(predict, files, complain, folder):

@@ -26,7 +26,7 @@ import yaml
 
 from lib import runs
 from lib.advice import advice, wilson
-from lib.cli import BadInput, Parser, command, duration, one_line, printable, read_json, read_yaml
+from lib.cli import BadInput, Parser, command, duration, printable, read_json, read_yaml, refused
 from lib.config import FIELDS, Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -295,10 +295,8 @@ def write(folder, live=False, show=False):
     is_comparison, file = (folder / "comparison.csv").exists(), folder / "report.html"
     if not is_comparison and not (folder / "env.json").exists():
         raise BadInput(f"{folder}: is no run folder and no comparison")
-    try:
+    with refused(f"{folder}: its files are damaged, or missing", "start a new run", DAMAGED):
         content = page(of_comparison(folder) if is_comparison else of_run(folder, live))
-    except DAMAGED as e:
-        raise BadInput(f"{folder}: its files are damaged, or missing ({one_line(e)}); start a new run") from None
     runs.write(file, content)
     if show:
         webbrowser.open(file.resolve().as_uri())

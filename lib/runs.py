@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from lib.cli import BadInput, one_line, printable, read_json
+from lib.cli import BadInput, one_line, printable, read_json, refused
 from lib.config import FEW_VALID, RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
@@ -181,11 +181,8 @@ def logger(kind, folder):
     """
     if kind == "none":
         return lambda rows: None
-    try:
+    with refused(f"--log {kind}: cannot be written", "mend that, or go on with --resume and --log none"):
         log = writer(kind, folder)
-    except Exception as e:  # each package raises its own
-        remedy = "mend that, or go on with --resume and --log none"
-        raise BadInput(f"--log {kind}: cannot be written ({one_line(e)}); {remedy}") from None
 
     def attempt(rows):
         try:
@@ -202,14 +199,11 @@ def check_out(config, size=1):
     name = "resume" if config.resume else "out"  # a run that has moved goes on where it is
     path = Path(getattr(config, name)).expanduser().absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
-    try:
-        with tempfile.TemporaryFile(dir=nearest) as f:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(f.fileno(), 0, size)
-    except OSError as e:
-        needs = f"has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
-        text = f"cannot be written to, or {needs} ({e.strerror}); pass another"
-        raise BadInput(f"--{name} {getattr(config, name)}: {text}") from None
+    fault = f"cannot be written to, or has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
+    what = f"--{name} {getattr(config, name)}: {fault}"
+    with refused(what, "pass another", OSError), tempfile.TemporaryFile(dir=nearest) as f:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(f.fileno(), 0, size)
 
 
 def start(config, **facts):
@@ -218,7 +212,7 @@ def start(config, **facts):
     fold = f"-f{config.fold}" if config.fold else ""
     name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}{fold}"
     out = Path(config.out).expanduser()
-    try:
+    with refused(f"--out {config.out}: cannot be written", "pass another folder", OSError):
         out.mkdir(parents=True, exist_ok=True)
         check_out(config, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
@@ -231,8 +225,6 @@ def start(config, **facts):
                 except OSError:
                     if not os.path.lexists(out / free):  # otherwise another process was quicker
                         raise
-    except OSError as e:
-        raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
 
 
 def reopen(config, **facts):
@@ -247,16 +239,14 @@ def reopen(config, **facts):
     of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
     env = {**facts, **now, **env, **of_data, "ended": "", "resumed": [*env.get("resumed", []), now]}
     run = Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
-    try:
+    with refused(f"{path}: cannot be written to", "make it writable", OSError):
         (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
     return run
 
 
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
-    try:
+    with refused(f"{path}: is damaged", errors=(OSError, ValueError, KeyError, TypeError, OverflowError)):
         card = read_json(path)
         classes, size, numbers = card["classes"], card["size"], [*card["mean"], *card["std"]]
         named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -268,8 +258,6 @@ def read_card(path):
         if not -math.inf < low < high < math.inf:
             raise ValueError("levels are not what a run writes")
         return card
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
-        raise BadInput(f"{path}: is damaged ({one_line(e)})") from None
 
 
 def facts(config, dls, model, machine):

@@ -9,7 +9,7 @@ import zipfile
 from functools import partial
 from pathlib import PurePosixPath
 
-from lib.cli import BadInput, one_line, printable
+from lib.cli import BadInput, printable, refused
 from lib.data.folders import enter
 from lib.runs import whole_folder
 
@@ -27,8 +27,8 @@ def unpack(archive, folder):
     """
     with whole_folder(folder, enter) as part:
         most = min(max(MAX_RATIO * archive.stat().st_size, SMALL), MAX_UNPACKED, shutil.disk_usage(part).free)
-        total = 0
-        try:
+        total, remedy = 0, "is the file whole, and the disk not full?"
+        with refused(f"--data {archive}: cannot be unpacked", remedy):  # tarfile, zlib, the disk … raise their own
             for number, (name, size, fault, opener) in enumerate(members(archive), 1):
                 total += size + 512  # a name is not free either
                 where = PurePosixPath(name.replace("\\", "/"))
@@ -43,11 +43,6 @@ def unpack(archive, folder):
                         shutil.copyfileobj(source, file)
                     if target.stat().st_size != size:
                         raise ValueError(f"a member is not of the {size:,} bytes that it declares")
-        except BadInput:
-            raise
-        except Exception as error:  # tarfile, zipfile, zlib, lzma and the disk each raise their own
-            text = f"cannot be unpacked ({one_line(error)}); is the file whole, and the disk not full?"
-            raise BadInput(f"--data {archive}: {text}") from None
 
 
 def members(archive):

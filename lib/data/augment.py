@@ -18,7 +18,7 @@ from albumentations.core.serialization import SERIALIZABLE_REGISTRY, shorten_cla
 from fastai.vision.core import PILImage
 from fasttransform import Transform
 
-from lib.cli import BadInput, one_line
+from lib.cli import BadInput, refused
 from lib.data.decode import centre
 
 MAX_CHARACTERS, MAX_TRANSFORMS = 100_000, 100  # of a file that --augment names
@@ -159,8 +159,6 @@ class AlbumentationsTransform(Transform):
         return image if fits else self.cropped(image)
 
     def cropped(self, image):
-        if getattr(image, "shape", None) == (self.size, self.size, 3) and image.dtype == np.uint8:
-            return image
         shape, kind = getattr(image, "shape", ()), getattr(image, "dtype", type(image))
         if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape[:2]) < self.size:
             needed = f"uint8 (h, w, 3) of at least {self.size} pixels"
@@ -215,25 +213,22 @@ def from_file(path, size):
 
     No code but albumentations' and this module's is run. Raises BadInput naming the file, and the transform at fault.
     """
+    remedy = "pass standard, photo, none, or a file that A.save wrote"
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-        if len(text) > MAX_CHARACTERS or text.count("__class_fullname__") > MAX_TRANSFORMS:
-            raise ValueError(f"more than {MAX_CHARACTERS:,} characters or {MAX_TRANSFORMS} transforms")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong raises
+        with warnings.catch_warnings(action="ignore"), refused("cannot be used", remedy):  # what is wrong raises
+            with open(path, encoding="utf-8") as file:
+                text = file.read(MAX_CHARACTERS + 1)
+            if len(text) > MAX_CHARACTERS or text.count("__class_fullname__") > MAX_TRANSFORMS:
+                raise ValueError(f"more than {MAX_CHARACTERS:,} characters or {MAX_TRANSFORMS} transforms")
             top = build(parse(text)["transform"])
             transforms = top.transforms if type(top) is A.Compose and top.p >= 1 else [top]
             trial = AlbumentationsTransform(transforms, size=size)
             saved(trial)  # raises for those that read further files
             for i in range(8):
                 trial.apply(np.full((size, size, 3), 128, np.uint8), 0, i)
+            return transforms
     except BadInput as error:
         raise BadInput(f"--augment {path}: {error.text.removeprefix('--augment: ')}") from None
-    except Exception as error:  # PyYAML, json and albumentations each raise their own
-        text = f"cannot be used ({one_line(error)[:500]}); pass standard, photo, none, or a file that A.save wrote"
-        raise BadInput(f"--augment {path}: {text}") from None
-    return transforms
 
 
 def parse(text):
@@ -254,11 +249,9 @@ def build(node):
         raise BadInput(f"{name} is no transform of albumentations that a file can hold; remove it")
     for child in node.get("transforms", ()):
         build(child)
-    try:
+    with refused(f"{name}: wrong arguments", "correct them"):  # pydantic's, and what constructors raise
         strict = {"strict": True} if issubclass(cls, A.BasicTransform) and "InitSchema" in vars(cls) else {}
         transform = A.from_dict({"transform": {**node, **strict}})
         if lost := node.keys() - transform.to_dict_private().keys():
             raise ValueError(f"A.save does not keep {', '.join(lost)}")
         return transform
-    except Exception as error:  # pydantic's, and what constructors raise
-        raise BadInput(f"{name}: wrong arguments ({one_line(error)[:500]}); correct them") from None

@@ -5,6 +5,7 @@ from collections import Counter
 
 import cv2
 import numpy as np
+from fastcore.basics import groupby
 from PIL import Image
 
 from lib.cli import printable
@@ -39,10 +40,9 @@ def say(dls, folder=None):
 def look(dls):
     """What stands out in the images of `dls`, as rows of doubts.csv: {doubt, file, detail}, the gravest first."""
     store = dls.store
-    ids = np.array(sorted({i for name in SETS for i in getattr(dls, name).ids}))
     place = {i: name for name in reversed(SETS) for i in getattr(dls, name).ids}
-    vocab = list(dls.vocab)  # fastai's own takes long to be asked 60,000 times
-    label = {i: vocab[k] for name in SETS for i, k in zip(getattr(dls, name).ids, getattr(dls, name).labels)}
+    label = {i: k for name in SETS for i, k in zip(getattr(dls, name).ids, getattr(dls, name).labels)}
+    ids = np.array(sorted(place))
     hashes, thumbnails = prints(store, ids)
     rows = [*copies(store, ids, place, label, hashes, thumbnails), *few(dls)]
     return [dict(zip(COLUMNS, row)) for row in [*rows, *plain(store, ids, thumbnails), *odd(store, ids)]]
@@ -141,11 +141,8 @@ def table(rows, sizes, shown=3):
 
     `sizes` are the numbers of images of each set.
     """
-    kinds = {}
-    for row in rows:
-        kinds.setdefault(row["doubt"], []).append(row)
     lines = []
-    for kind, found in kinds.items():
+    for kind, found in groupby(rows, lambda row: row["doubt"]).items():
         number = f"{len(found):,}"
         if kind == ACROSS:
             in_sets = Counter(file.split(":")[0] for file in dict.fromkeys(row["file"] for row in found))

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import groupby
 from fasttransform import Transform
 from sklearn.model_selection import StratifiedKFold
 
@@ -61,16 +62,14 @@ def left_over(path):
     return name in SYSTEM or (name in PROGRAMS and path.is_dir() and not images_in(path, defaultdict(list)))
 
 
-def visible(folder):
-    inside = [p for p in folder.iterdir() if not p.name.startswith(".") and not left_over(p)]
-    return sorted(inside, key=lambda p: p.name)
-
-
-def folders_in(folder):
-    """The folders in `folder`, and links to folders, in the order of their names."""
+def visible(folder, of_kind=lambda entry: True):
+    """What is in `folder` but hidden names and what systems and programs leave, in the order of the names."""
     with os.scandir(folder) as entries:
-        found = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        found = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and of_kind(entry)]
     return sorted((p for p in found if not left_over(p)), key=lambda p: p.name)
+
+
+folders_in = partial(visible, of_kind=os.DirEntry.is_dir)  # the folders in a folder, and links to folders
 
 
 def set_of(name):
@@ -81,10 +80,7 @@ def set_of(name):
 
 def by_set(root):
     """{set: the folders of `root` whose names stand for it}; the set is "" for all other folders."""
-    found = defaultdict(list)
-    for folder in folders_in(root):
-        found[set_of(folder.name)].append(folder)
-    return found
+    return defaultdict(list, groupby(folders_in(root), lambda folder: set_of(folder.name)))
 
 
 def enter(folder):

@@ -16,7 +16,7 @@ from fastai.vision.core import PILImage
 from fastcore.foundation import L
 from fasttransform import Transform
 
-from lib.cli import BadInput, one_line
+from lib.cli import BadInput, refused
 from lib.config import AUXILIARY, FEW_VALID, MODELS
 from lib.data import decode
 from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
@@ -186,9 +186,8 @@ class StoreDL(TfmdDL):
 
     def is_fast(self, idxs):
         """Whether a whole batch of these is what fastai's way would make of them."""
-        same = len(self.after_item.fs) == len(self.item_tfms) == 3 and not self.before_batch.fs
-        same = same and all(a is b for a, b in zip(self.after_item.fs, self.item_tfms))
-        same = same and [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
+        same = self.item_tfms and [*map(id, self.after_item.fs)] == [*map(id, self.item_tfms)]
+        same = same and not self.before_batch.fs and [type(t) for t in self.dataset.tls[0].tfms.fs] == [ReadImage]
         return same and not PER_ITEM & vars(self).keys() and None not in [self.ids[i] for i in idxs]
 
     def whole_batch(self, idxs):
@@ -260,7 +259,8 @@ def check_apart(config, root):
 
 def read_images(config, size):
     """(root folder, Store, the images of train, valid and test as lists of (path, class)) of `config.data`."""
-    try:
+    remedy = "make it readable, make room, or pass another --data or --cache"
+    with refused(f"--data {config.data}: cannot be used", remedy, OSError):
         root = root_folder(config)
         split = config.valid_pct, config.split_seed, config.folds, config.fold
         sets = find_images(root, *split)
@@ -270,9 +270,6 @@ def read_images(config, size):
         store = Store(paths, size, root, cache=folder if config.cache else None, skip=skip, temporary=folder)
         if store.skipped:  # split anew, so that each class has its share in each set
             sets = find_images(root, *split, set(paths) - set(store.index))
-    except OSError as error:
-        remedy = "make it readable, make room, or pass another --data or --cache"
-        raise BadInput(f"--data {config.data}: {one_line(error)}; {remedy}") from None
     return root, store, sets
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from fastai.data.external import URLs, fastai_cfg
 from PIL import Image
 
-from lib.cli import BadInput, one_line
+from lib.cli import BadInput, refused
 from lib.data.archive import unpack
 from lib.data.folders import enter
 from lib.runs import whole_folder
@@ -37,11 +37,9 @@ def cifar10(config):
     if not (archive.exists() and whole()):
         archive.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {URLs.CIFAR} to {archive}", flush=True)
-        try:
+        remedy = "without a network pass --data digits, or --data with a folder or an archive of images"
+        with refused(f"--data cifar10: download from {URLs.CIFAR} failed", remedy):
             download_url(URLs.CIFAR, archive, timeout=30, show_progress=sys.stdout.isatty())
-        except Exception as error:  # urllib, ssl, socket and http each raise their own
-            remedy = "without a network pass --data digits, or --data with a folder or an archive of images"
-            raise BadInput(f"--data cifar10: download from {URLs.CIFAR} failed ({one_line(error)}); {remedy}") from None
         if not whole():
             raise BadInput(f"{archive}: not the file that fastai knows (size, md5); remove it and try again")
     unpack(archive, folder)

@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from lib.cli import BadInput, one_line, printable, read_json
+from lib.cli import BadInput, printable, read_json, refused
 from lib.data import decode
 from lib.machine import cores
 from lib.runs import whole_folder
@@ -65,13 +65,10 @@ class Store:
                 os.fsync(file.fileno())
                 np.save(part / "shapes.npy", self.shapes)
                 (part / "facts.json").write_text(json.dumps(facts))
-        try:
+        with refused(f"--cache {self.folder}: is damaged", "remove this folder", (OSError, ValueError)):
             self.shapes = np.load(self.folder / "shapes.npy", allow_pickle=False)
             self.map(self.folder / "pixels")
             return read_json(self.folder / "facts.json")
-        except (OSError, ValueError) as error:
-            text = f"--cache {self.folder}: is damaged ({one_line(error)}); remove this folder"
-            raise BadInput(text) from None
 
     def unnamed(self, folder, skip):
         """Decodes into a file without a name; returns its facts."""

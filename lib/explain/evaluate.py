@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
+from fastai.learner import before_batch_cb
 from fastai.torch_core import to_device
 from fastcore.basics import noop
 from PIL import Image
@@ -30,20 +30,14 @@ NOISY = 3  # a range test is trusted if its fall is at least so many times its n
 MAP_SIDE = 32  # of the maps in gallery.json
 
 
-class Mirror(Callback):
-    """Turns images left to right."""
-
-    def before_batch(self):
-        self.learn.xb = tuple(x.flip(3) for x in self.xb)
-
-
 def outcome(learn, dl, mirror=False):
     """The model on every image of `dl`, in float32: (targets (n,), probabilities (n, classes), losses (n,)).
 
     With `mirror` it looks at the images turned left to right.
     """
+    turn = before_batch_cb(lambda cb, xb, yb: (tuple(x.flip(3) for x in xb), yb))
     with learn.in_float32():
-        logits, targets = learn.get_preds(dl=dl, act=noop, cbs=[Mirror()] if mirror else None)
+        logits, targets = learn.get_preds(dl=dl, act=noop, cbs=[turn] if mirror else None)
     log_p, targets = logits.double().log_softmax(1), targets.as_subclass(torch.Tensor)
     return targets.numpy(), log_p.exp().numpy(), -log_p.gather(1, targets[:, None])[:, 0].numpy()
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from lib.cli import BadInput, brief, guess, one_line
+from lib.cli import BadInput, brief, guess, refused
 from lib.config import AUXILIARY
 from lib.models.layers import heads
 from lib.models.networks import SmallResNet
 
 TIMM = "timm/"  # before the name of a network of timm
 MOST = 65536  # of each number in a model.json
+OFFLINE = "without a network pass --pretrained FILE, fetched elsewhere"
 
 # name -> constructor(n_classes, **args), args
 MODELS = {
@@ -38,20 +39,15 @@ def check(name, pretrained=""):
             raise BadInput(f"--model {name}: timm is not installed; uv run --extra timm train_fastai.py …")
         import timm
 
-        try:
-            known = timm.is_model(name.removeprefix(TIMM)) and timm.models.get_pretrained_cfg(name.removeprefix(TIMM))
-        except RuntimeError:  # the tag behind the dot is not
-            known = False
-        if not known:
-            every = timm.list_models() + timm.list_models(pretrained=True)  # also with tags
-            raise BadInput(f"--model: {name!r} is not among timm.list_models(){guess(name, [TIMM + n for n in every])}")
-        return
-    import torchvision.models as torchvisions
+        names = [n for tags in (False, True) for n in timm.list_models(include_tags=tags, name_matches_cfg=True)]
+        known, these = [TIMM + n for n in names], "timm.list_models()"
+    else:
+        import torchvision.models as torchvisions
 
-    known = [*MODELS, *torchvisions.list_models(module=torchvisions)]
+        known = [*MODELS, *torchvisions.list_models(module=torchvisions)]
+        these = f"{', '.join(MODELS)}, nor a classifier of torchvision, nor timm/…"
     if name not in known:
-        ours, nearest = ", ".join(MODELS), guess(name, known)
-        raise BadInput(f"--model: {name!r} is not among {ours}, nor a classifier of torchvision, nor timm/…{nearest}")
+        raise BadInput(f"--model: {name!r} is not among {these}{guess(name, known)}")
 
 
 def build(name, n_classes, pretrained="", images=None, size=None):
@@ -76,17 +72,15 @@ def build(name, n_classes, pretrained="", images=None, size=None):
         extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
         if size and name.startswith(("vit_", "maxvit_")):
             extra = {"image_size": size} if name.startswith("vit_") else {"input_size": (size, size)}
-        try:
+        with unfit(name, size, (ValueError, AssertionError, RuntimeError)):
             model = get_model(name, weights=None, num_classes=n_classes, **extra)
-        except (ValueError, AssertionError, RuntimeError) as e:
-            raise unfit(name, size, e) from None
     if pretrained:
         load_body(model, name, pretrained)
     return model
 
 
-def unfit(name, size, error):
-    return BadInput(f"--model {name}: does not take images of {size} pixels ({one_line(error)}); try another --size")
+def unfit(name, size, errors=Exception):
+    return refused(f"--model {name}: does not take images of {size} pixels", "try another --size", errors)
 
 
 def timms(name, n_classes, pretrained, size):
@@ -99,10 +93,14 @@ def timms(name, n_classes, pretrained, size):
     name = name.removeprefix(TIMM)
     found = timm.models.get_pretrained_cfg(name)
     options = {"img_size": size} if size and found.fixed_input_size else {}
-    try:
-        if not pretrained:
+    if not pretrained:
+        with unfit(TIMM + name, size):
             return timm.create_model(name, num_classes=n_classes, **options)
-        overlay, classes = {}, found.num_classes
+    what, remedy, overlay = f"--pretrained: the weights of {TIMM}{name} cannot be had", OFFLINE, {}
+    if pretrained != "torchvision":
+        what, remedy = f"--pretrained {pretrained}: is not of {TIMM}{name}", ""
+    with refused(what, remedy):  # hubs, disks, pickle, and networks that do not take the size each raise their own
+        classes = found.num_classes
         if pretrained != "torchvision":
             state = timm.models.load_state_dict(Path(pretrained).expanduser())
             classes = len(state.get(f"{found.classifier}.weight", range(classes)))
@@ -110,13 +108,6 @@ def timms(name, n_classes, pretrained, size):
         model = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay, **options)
         model.reset_classifier(n_classes)
         return model
-    except Exception as e:  # hubs, disks, pickle, and networks that do not take the size each raise their own
-        if not pretrained:
-            raise unfit(TIMM + name, size, e) from None
-        if pretrained != "torchvision":
-            raise BadInput(f"--pretrained {pretrained}: is not of {TIMM}{name} ({one_line(e)[:300]})") from None
-        remedy = "without a network pass --pretrained FILE, fetched elsewhere"
-        raise BadInput(f"--pretrained: the weights of {TIMM}{name} cannot be had ({one_line(e)}); {remedy}") from None
 
 
 def split(model):
@@ -133,20 +124,15 @@ def read_weights(name, pretrained):
 
         weights = get_model_weights(name).DEFAULT
         options = dict(map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-        try:
+        with refused(f"--pretrained: download of {weights.url} failed", OFFLINE):  # urllib, ssl, the disk …
             return weights.get_state_dict(**options)
-        except Exception as e:  # urllib, ssl, http, the disk and the check of the hash each raise their own
-            remedy = "without a network pass --pretrained FILE, fetched elsewhere"
-            raise BadInput(f"--pretrained: download of {weights.url} failed ({one_line(e)}); {remedy}") from None
     file = Path(pretrained).expanduser()
-    try:
+    with refused(f"--pretrained {file}: cannot be read as weights"):  # safetensors, pickle and torch raise their own
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # safetensors, pickle, zipfile and torch each raise their own
-        raise BadInput(f"--pretrained {file}: cannot be read as weights ({one_line(e)})") from None
 
 
 def load_body(model, name, pretrained):
@@ -220,7 +206,8 @@ def rebuild(card):
 
     Raises BadInput for anything but a network of this room, of torchvision or of timm, of a possible size.
     """
-    try:
+    faults = KeyError, TypeError, ValueError, AttributeError, StopIteration, IndexError
+    with refused("model.json: describes no network of this project", errors=faults):
         name, args = card["architecture"], card["args"]
         numbers = [n for k, v in args.items() if k != "squeeze" for n in (v if isinstance(v, list) else [v])]
         possible = type(args.get("squeeze", True)) is bool and len(numbers) <= 16 and sum(args.get("depths", ())) <= 64
@@ -233,5 +220,3 @@ def rebuild(card):
             if sum(p.numel() for p in constructor(**args).parameters()) > 10**9:
                 raise ValueError("more than 10^9 parameters")
         return constructor(**args)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, IndexError) as e:
-        raise BadInput(f"model.json: describes no network of this project ({one_line(e)})") from None

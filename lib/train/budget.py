@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import models
-from lib.cli import BadInput, duration, one_line, read_json
+from lib.cli import BadInput, duration, read_json, refused
 from lib.config import MODELS
 from lib.train import ranks, timing
 from lib.train.learner import build
@@ -22,10 +22,8 @@ FIGURES = 15  # seconds of the figures and explanations at the end
 
 def learned():
     """{network: [(training images seen, valid accuracy, runs), …]} of runs of one cycle on CIFAR-10, from TABLE."""
-    try:
+    with refused(f"{TABLE}: says what networks learn, and cannot be read", "restore it"):
         return {name: row["learned"] for name, row in read_json(TABLE)["rows"].items() if row.get("learned")}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise BadInput(f"{TABLE}: says what networks learn, and cannot be read ({one_line(e)}); restore it") from None
 
 
 def promised(points, images):

@@ -15,7 +15,7 @@ import torch
 from fastai.callback.core import Callback
 
 from lib import machine
-from lib.cli import BadInput, one_line
+from lib.cli import BadInput, one_line, refused
 from lib.runs import write
 from lib.train import ranks
 
@@ -54,8 +54,8 @@ class Checkpoint(Callback):
         state, self.state = self.state, None
         if state is None:
             return
-        learn = self.learn
-        try:
+        learn, faults = self.learn, (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)
+        with refused(f"{self.path}: is of another run than its args.yaml says", errors=faults):
             learn.model.load_state_dict(state["model"])
             learn.opt.load_state_dict(state["optimizer"])
             if learn.scaler:
@@ -66,8 +66,6 @@ class Checkpoint(Callback):
             if type(state["batches"]) is not int or bool(state["batches"]) != (learn.recorder.under_way is not None):
                 raise ValueError("batches and the record of them do not go together")
             learn.first_epoch = len(learn.recorder.rows)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as e:
-            raise BadInput(f"{self.path}: is of another run than its args.yaml says ({one_line(e)})") from None
 
     def after_batch(self):
         learn = self.learn
@@ -140,7 +138,7 @@ def save(path, state):
     """Writes `state` (dicts and lists of tensors and plain values) to `path`; the file there becomes `.before`."""
     content = io.BytesIO()
     torch.save({"format": FORMAT, **state}, content)
-    write(path, content.getvalue(), keep=before(path))
+    write(path, content.getvalue(), keep=f"{path}.before")
 
 
 def load(path):
@@ -149,7 +147,7 @@ def load(path):
     Raises BadInput where there are checkpoints and none is whole.
     """
     faults = []
-    for file in (path, before(path)):
+    for file in (path, Path(f"{path}.before")):
         if file.exists():
             try:
                 state = read(file)
@@ -174,14 +172,8 @@ def read(file):
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():  # torch.save writes a zip, and torch.load does not look at its checksums
             raise ValueError(f"the checksum of {damaged} differs")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on files that it then refuses
+    with warnings.catch_warnings(action="ignore"):  # torch's, on files that it then refuses
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise ValueError(f"not a checkpoint of format {FORMAT}")
     return state
-
-
-def before(path):
-    """Where the checkpoint before the one at `path` is kept."""
-    return path.with_name(path.name + ".before")

@@ -1,9 +1,11 @@
 """SGDLearner: a fastai Learner with torch's optimizers, a true record, and looks that disturb nothing."""
 
 import io
+import sys
 import threading
 from contextlib import suppress
-from functools import partial
+from functools import partial, partialmethod
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from fastai.learner import CancelBackwardException, CancelEpochException, Cancel
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import defaults, to_float
+from fastai.torch_core import defaults, norm_bias_params, to_float
 from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 
@@ -28,7 +30,7 @@ from lib.models import split
 from lib.train import ranks
 from lib.train.averaging import EMA, macro_f1
 from lib.train.compiled import Compile, check_compiler
-from lib.train.freezing import Freeze, Hold
+from lib.train.freezing import Hold
 from lib.train.lecture import GradNoise, balanced_order
 from lib.train.looks import Looks
 from lib.train.loss import TrainingLoss, class_weights
@@ -40,14 +42,9 @@ from lib.train.sharing import ShareCores
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EARLY_EPOCHS = 3  # in which a network's `early` parameters learn (Jordan, arXiv 2404.00498)
-PRECISION, TORCHRUN = "pass precision='bf16' or 'fp16'", "start train_fastai.py with torchrun (docs/ranks.md)"
-REFUSED = {
-    "MixedPrecision": PRECISION,
-    "ModelToHalf": PRECISION,
-    "NonNativeMixedPrecision": PRECISION,
-    "DistributedTrainer": TORCHRUN,
-    "ParallelTrainer": TORCHRUN,
-}  # fastai's callbacks that could have no effect here -> what to do instead
+# fastai's callbacks that could have no effect here -> what to do instead
+REFUSED = dict.fromkeys(("MixedPrecision", "ModelToHalf", "NonNativeMixedPrecision"), "pass precision='bf16' or 'fp16'")
+REFUSED |= dict.fromkeys(("DistributedTrainer", "ParallelTrainer"), "start the script with torchrun (docs/ranks.md)")
 
 
 class Unscale(Callback):
@@ -127,14 +124,9 @@ class SGDLearner(Looks):
         self.remove_cb(Unscale)
         return self.add_cb(Unscale) if self.scaler else self
 
-    def to_fp16(self, **kwargs):
-        return self.set_precision("fp16", **kwargs)
-
-    def to_bf16(self):
-        return self.set_precision("bf16")
-
-    def to_fp32(self):
-        return self.set_precision("float32")
+    to_fp16 = partialmethod(set_precision, "fp16")
+    to_bf16 = partialmethod(set_precision, "bf16")
+    to_fp32 = partialmethod(set_precision, "float32")
 
     def add_cb(self, cb):
         """As fastai's. Raises ValueError for a callback that could have no effect here."""
@@ -238,7 +230,7 @@ class SGDLearner(Looks):
         super()._do_epoch()
         if (test := getattr(self.dls, "test", None)) is not None and hasattr(self, "recorder"):
             evaluation = self.evaluate(test)
-            self.recorder.record_test(evaluation.values[0], evaluation.accuracy)
+            self.recorder.row |= {"test_loss": evaluation.values[0], "test_acc": evaluation.accuracy}
 
     def _do_fit(self):
         if self.first_epoch and (bar := getattr(getattr(self, "progress", None), "mbar", None)):
@@ -308,10 +300,11 @@ def build(config, dls, model, precision="float32", cbs=None):
     weight = class_weights(dls.train.labels, len(dls.vocab)) if config.class_weights else None
     alone = torch.device(dls.device).type == "cpu" and ranks.world() == 1 and not dls.train.fake_l.num_workers
     cbs = [*(cbs or []), ShareCores(adapt=config.threads == "auto" and not config.compile, looks=alone)]
-    if config.freeze_epochs:
-        cbs.append(Freeze(config.freeze_epochs))
+    if config.freeze_epochs:  # as fastai's freeze: the head and the norms learn
+        body = {*chain(*split(model)[:-1])} - {*norm_bias_params(model, with_bias=False)}
+        cbs.append(Hold(body, range(config.freeze_epochs)))
     if early := getattr(model, "early", []):
-        cbs.append(Hold(early, EARLY_EPOCHS, drop=config.compile))
+        cbs.append(Hold(early, range(EARLY_EPOCHS, sys.maxsize), drop=config.compile))
     if config.grad_noise:
         plateau = Plateau(**plateau_options(config)) if config.perturb_on_plateau else None
         cbs.append(GradNoise(config.grad_noise, config.seed, config.monitor, plateau))

@@ -157,17 +157,13 @@ class Looks(Learner):
         `recorder.lrs` and `recorder.losses` have the curve, smoothed without delay. Raises BadInput where the loss
         never falls.
         """
-        rules = [(getattr(f, "func", f).__name__, f) for f in tuplify(suggest_funcs or ())]
-        suggestions = []
-
-        def look(test):
-            suggestions.extend(lr_range.suggest(rule, test) for _, rule in rules)
-            if not self.fitting:
-                self.recorder.lrs, self.recorder.losses = test.lrs.tolist(), test.smooth_losses.tolist()
-                if show_plot:
-                    points, names = [point for _, point in suggestions], [name for name, _ in rules]
-                    self.recorder.plot_lr_find(skip_end=0, suggestions=points, nms=names)
-
-        lr_range.find(self, start_lr, end_lr, num_it, stop_div, look=look)
+        rules = {getattr(f, "func", f).__name__: f for f in tuplify(suggest_funcs or ())}
+        test = lr_range.run(self, lr_range.rates(start_lr, end_lr, num_it), stop_div)
+        suggestions = [lr_range.suggest(rule, test) for rule in rules.values()]
+        if not self.fitting:
+            self.recorder.lrs, self.recorder.losses = test.lrs.tolist(), test.smooth_losses.tolist()
+            if show_plot:
+                self.recorder.plot_lr_find(skip_end=0, suggestions=[point for _, point in suggestions], nms=[*rules])
+        lr_range.check_fall(test)
         if rules:
-            return namedtuple("SuggestedLRs", [name for name, _ in rules])(*(lr for lr, _ in suggestions))
+            return namedtuple("SuggestedLRs", rules)(*(lr for lr, _ in suggestions))

@@ -1,5 +1,6 @@
 """The LR range test: a mock training with a growing rate (Smith, arXiv 1506.01186; exponential form: fastai)."""
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -105,10 +106,8 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
     loader = learn.dls.train
     if len(loader) == 0:
         raise BadInput("the range test needs at least one training batch")
-    epoch, generator = getattr(loader, "epoch", None), getattr(loader, "rng", None)
-    state = generator and generator.getstate()
-    valid = learn.dls.valid if on_valid else None
-    sample = [valid.plain(valid.bs) if hasattr(type(valid), "plain") else valid.one_batch()] if on_valid else []
+    before = {name: copy.copy(value) for name, value in vars(loader).items() if name in ("epoch", "rng")}
+    sample = [learn.dls.valid.plain(learn.dls.valid.bs)] if on_valid else []
     with preserved_generators():
         try:
             test = RangeTestCallback(lrs, stop_div, sample, on_update)
@@ -116,33 +115,29 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
             updates = -(-len(loader) // twin.accumulate)  # an epoch has
             twin.fit(-(-len(lrs) // updates), cbs=test)
         finally:
-            if generator:
-                loader.rng = generator
-                generator.setstate(state)
-            if epoch is not None:
-                loader.epoch = epoch
+            vars(loader).update(before)
     n = len(test.curve)
     seconds = float(np.median(np.diff(test.times)[min(2, n - 2) :])) if n > 1 else math.nan
     last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
     return RangeTest(last, np.array(test.curve), twin.epoch + 1, len(lrs), seconds)
 
 
-def find(
-    learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, look=noop, on_update=noop
-):
-    """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
-
-    One update for each of `num_it` rates in geometric progression (or `linear`: in equal steps, as Smith's) from
-    `start_lr` to `end_lr`, in the order and with the augmentation of the epochs to come. The loss is that of the batch;
-    or, `on_valid`, of a sample of valid after the step, in eval mode. Ends early where it diverges. `look` is called
-    with the RangeTest before BadInput is raised for a curve that never falls; `on_update`, after each update, with how
-    many there were and its loss.
-    """
+def rates(start_lr, end_lr, num_it, linear=False):
+    """`num_it` rates in geometric progression or, `linear`, in equal steps as Smith's: (n,) or (n, layer groups)."""
     if num_it < 10:
         raise ValueError(f"a range test needs at least 10 updates, not {num_it}")
-    lrs = (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
-    test = run(learn, lrs, stop_div, on_valid, on_update)
-    look(test)
+    return (np.linspace if linear else np.geomspace)(start_lr, end_lr, num_it)
+
+
+def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=False, on_valid=False, on_update=noop):
+    """Runs the range test on a copy of the model and returns a RangeTest; `learn` and its loaders stay as they are.
+
+    One update for each of the `rates`, in the order and with the augmentation of the epochs to come. The loss is that
+    of the batch; or, `on_valid`, of a sample of valid after the step, in eval mode. Ends early where it diverges.
+    `on_update` is called after each update with how many there were and its loss. Raises BadInput for a curve that
+    never falls.
+    """
+    test = run(learn, rates(start_lr, end_lr, num_it, linear), stop_div, on_valid, on_update)
     check_fall(test)
     return test
 

@@ -54,18 +54,19 @@ class GroupedOptimizer(OptimWrapper):
     Inside, torch has two groups for each of them: the parameters that decay, and those with `do_wd` False in `state`.
     """
 
+    param_lists = None  # those of layers, in the place of torch's groups
+
     def __init__(
         self,
         params,  # lists of parameters, a list for each group of layers
         lr,  # learning rate
         opt,  # function(parameter groups, lr) -> torch optimizer
         has_momentum=True,  # False: its momentum is 0, whatever a schedule sets
-        hp_map=None,  # as fastai's OptimWrapper
-        **options,  # of the torch optimizer
+        **options,  # of the torch optimizer; `hp_map` as fastai's OptimWrapper
     ):
-        super().__init__([list(group) for group in params], opt, hp_map, lr=lr, **options)
+        super().__init__([list(group) for group in params], opt, lr=lr, **options)
         self.has_momentum = has_momentum and "mom" in self.bwd_map
-        self.layers = L(list(group["params"]) for group in self.opt.param_groups)
+        self.param_lists = L(list(group["params"]) for group in self.opt.param_groups)
 
     def split_by_decay(self):
         """Splits each group of layers in two. Call it once, when `state` says which parameters do not decay."""
@@ -75,10 +76,6 @@ class GroupedOptimizer(OptimWrapper):
                 params = [p for p in group["params"] if self.state[p].get("do_wd", True) is decays]
                 groups.append({**group, "params": params})
         self.opt.param_groups[:] = groups
-
-    @property
-    def param_lists(self):
-        return self.layers
 
     @property
     def hypers(self):

@@ -57,9 +57,8 @@ def plateau_options(config):
 
 def check_sole_owner(learn):
     """Raises ValueError where two callbacks of `learn` set the learning rate."""
-    schedules = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
-    ours = [cb for cb in learn.cbs if getattr(type(cb), "owns_lr", False)]
-    owners = [*schedules, *ours, *(cb for cb in learn.cbs if isinstance(cb, FastaisReduceLROnPlateau))]
+    steers = lambda cb: getattr(type(cb), "owns_lr", False) or isinstance(cb, FastaisReduceLROnPlateau)
+    owners = [cb for cb in learn.cbs if steers(cb) or (isinstance(cb, ParamScheduler) and "lr" in cb.scheds)]
     if len(owners) > 1:
         names = " and ".join(type(cb).__name__ for cb in owners)
         raise ValueError(f"two owners of the learning rate: {names}; leave one out")

@@ -40,12 +40,11 @@ class EpochLines(Callback):
                 latest = {name: f"{value:.3f}" for name, value in record.latest.items()}
                 self.tqdm.set_postfix(**latest, lr=f"{record.lrs[-1]:.3g}", left=left)
 
-    def after_train(self):
-        self.after_fit()
-
     def after_fit(self):
         if self.tqdm is not None:
             self.tqdm.close()
+
+    after_train = after_fit
 
     def after_epoch(self):
         rows = self.learn.recorder.rows

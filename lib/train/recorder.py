@@ -6,6 +6,7 @@ import time
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
+from fastai.learner import _maybe_item as value_of
 from fastai.torch_core import find_bs
 from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
@@ -32,12 +33,6 @@ def n_correct(pred, targets):
     if not tensors or pred.ndim != 2 or targets[0].ndim != 1 or targets[0].is_floating_point():
         return torch.tensor(math.nan)
     return (pred.detach().argmax(1) == targets[0]).sum()
-
-
-def value_of(metric):
-    """The value of a fastai metric as a plain number where it is one; None where it has seen nothing."""
-    value = metric.value
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -199,10 +194,6 @@ class EpochRecorder(Recorder):
         self.evaluated = list(self.evaluation.values) if self.valid_metrics else []
         loss, accuracy = self.evaluation.values[0], self.evaluation.accuracy
         self.row |= {"valid_loss": loss, "valid_acc": accuracy}
-
-    def record_test(self, loss, accuracy):
-        """Takes the loss and accuracy on test of the epoch under way."""
-        self.row |= {"test_loss": loss, "test_acc": accuracy}
 
     def after_epoch(self):
         self.row["epoch"] = self.epoch + 1
