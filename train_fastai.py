@@ -18,6 +18,8 @@ import time
 from lib import cli
 from lib import config as settings
 
+NO_MEMORY = "out of memory", "t allocate memory", "not enough memory", "shared memory"  # GPU, Linux, Windows, workers
+
 
 def main(argv=None):
     """Runs the command line `argv`. Returns 0, 1 (a rank is lost), 2 (bad input), 3 (diverged) or 130 (interrupted)."""
@@ -36,7 +38,7 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, cli.BadInput) else 1
     except (MemoryError, RuntimeError) as e:
-        if not (isinstance(e, MemoryError) or "out of memory" in str(e) or "t allocate memory" in str(e)):
+        if not (isinstance(e, MemoryError) or any(words in str(e) for words in NO_MEMORY)):
             raise
         print(f"error: {cli.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
         return 2
@@ -148,7 +150,8 @@ def fit(learn, config, run, past, lr, start):
             run.note(ended=str(e))
         return 3
     except checkpoint.Interrupted:
-        go_on = shlex.join(["uv", "run", sys.argv[0], "--resume", str(run.path)])
+        script = sys.argv[0] if sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0] else "train_fastai.py"
+        go_on = shlex.join(["uv", "run", script, "--resume", run.path.as_posix()])
         complain(f"interrupted and saved; go on with: {go_on}")
         return 130
     finally:

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import groupby
 from scipy import stats
 
 from lib import report as pages
@@ -184,10 +185,17 @@ def disturbed(run):
     return (run["summary"].get("other_load") or 0) > pages.DISTURBED
 
 
-def interval(scores, base):
-    """Mean of paired differences, and half the width of its 95% interval (Student's t); None for fewer than 2 pairs."""
+def interval(scores, base, folds=0):
+    """Mean of paired differences, and half the width of its 95% interval (Student's t); None for fewer than 2 pairs.
+
+    With `folds`, each pair is of one fold. Folds share training images: the variance is larger by their correction
+    (Nadeau & Bengio, Machine Learning 52, 2003).
+    """
     apart = np.subtract(scores, base)
-    return apart.mean(), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart) if len(apart) > 1 else None
+    if len(apart) < 2:
+        return apart.mean(), None
+    shared = 1 + len(apart) / (folds - 1) if folds else 1
+    return apart.mean(), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart) * shared**0.5
 
 
 def verdict(first, name, mean, half, n):
@@ -217,9 +225,9 @@ def table(variants):
     first = next(iter(variants))
     target = variants[first][0]["summary"]["target"]
     scores = {name: {pair_of(run): run["summary"]["test_acc"] for run in runs} for name, runs in variants.items()}
-    folds = any(run["args"]["folds"] for runs in variants.values() for run in runs)
+    folds = max(run["args"]["folds"] for runs in variants.values() for run in runs)
     reached = [f"epochs to {target:g}", f"seconds to {target:g}"] if target else []
-    rows = [["variant", "n", "test accuracy, best by valid", *["accuracy on all images"] * folds,
+    rows = [["variant", "n", "test accuracy, best by valid", *["accuracy on all images"] * bool(folds),
              "test accuracy, last", "valid accuracy", *reached, "seconds", f"against {first}"]]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     verdicts = []
@@ -236,9 +244,11 @@ def table(variants):
             cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
         against, pairs = "", [pair for pair in scores[name] if pair in scores[first]]
         if name != first and pairs:
-            mean, half = interval(*([scores[variant][pair] for pair in pairs] for variant in (name, first)))
+            units = groupby(pairs, 1).values() if folds else [[pair] for pair in pairs]  # seeds of a fold are one
+            means = [[np.mean([scores[variant][pair] for pair in unit]) for unit in units] for variant in (name, first)]
+            mean, half = interval(*means, folds)
             against = f"{mean:+.4f}" + (f" ± {half:.4f}" if half is not None else "")
-            verdicts.append(verdict(first, name, mean, half, len(pairs)))
+            verdicts.append(verdict(first, name, mean, half, len(units)))
         rows.append([name, str(len(runs)), *cells, against])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), verdicts
 
@@ -289,8 +299,8 @@ def remarks(runs, missing, differ):
     if any(map(disturbed, runs)):
         notes.append(f"*: other programs used more than {pages.DISTURBED} cores; alone, these runs would be faster.")
     if folds:
-        small = "deviations and intervals over them are too small (Nadeau & Bengio, 2003)"
-        notes.append(f"Folds share training images, so {small}.")
+        how = "the intervals allow for it (Nadeau & Bengio, 2003), over folds, with the mean of their seeds"
+        notes.append(f"Folds share training images, so deviations over them are too small; {how}.")
     lengths = " and ".join(map(str, sorted({len(run["rows"]) for run in runs})))
     over, by = ("seeds and folds", "seed and fold") if folds else ("seeds", "seed")
     notes.append(

@@ -52,7 +52,7 @@ IMPLIED = {  # setting: what its value makes the defaults of settings below it
     "minutes": lambda some: {"schedule": "one_cycle", "epochs": "auto", "model": "auto"} if some else {},
     "schedule": {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}.get,
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
-    "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 0.2}}.get,
+    "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 2.0}}.get,
     "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
     "ema": lambda decay: {} if decay else {"threshold": COMMON["threshold"]},  # only averaged weights' loss creeps on
 }
@@ -327,6 +327,10 @@ def variants(argv=None):
     configs, names = [], []
     for values in itertools.product(*axes.values()):
         config = Config(**{**settings, **dict(zip(axes, values))})
+        least = 0 if config.patience_epochs == "auto" else config.patience_epochs + 2
+        if config.schedule in ("plateau", "grow_batch") and 0 < config.stop_after < least:
+            text = f"ends training before a smaller rate can act; pass {least} or more, or --schedule constant"
+            raise BadInput(f"--stop-after {config.stop_after}: {text}")
         names.append("-".join(str(getattr(config, name)) for name in axes or ["schedule"]).replace("/", "-"))
         folds = [config.fold] if config.fold else range(1, config.folds + 1) or [0]
         for seed, fold in itertools.product(config.seeds, folds):

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.cli import BadInput
+from lib.cli import BadInput, one_line
 
 PACKAGES = ("torch", "torchvision", "fastai", "albumentations", "grad-cam", "matplotlib", "numpy", "pillow")
 CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # lines of /proc/cpuinfo, on x86 and on Arm
@@ -58,6 +59,15 @@ class Busy(NamedTuple):
     all: float
     own: float
     cores: int
+
+
+def useful_workers(device, batch):
+    """How many processes to load batches of `batch` bytes with: none for a CPU, whose cores have enough to do."""
+    if device.type == "cpu" or sys.platform == "win32":  # there each would be sent all pixels
+        return 0
+    workers = min(8, max(1, cores() // on_this_machine()))
+    shared = Path("/dev/shm")  # where two batches a worker wait; a container often has 64 MB
+    return max(0, min(workers, (shutil.disk_usage(shared).free // batch - 2) // 2)) if shared.is_dir() else workers
 
 
 def busy_seconds():
@@ -116,10 +126,21 @@ def environment():
         "cpu_model": ", ".join(f"{key} {cpu[key]}" for key in CPU_MODEL if key in cpu),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() * torch.cuda.is_available())],
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def computes(gpu):
+    """Whether torch can compute on a GPU that there is. A line says if not: it, or its driver, may be too old."""
+    import torch
+
+    try:
+        return torch.ones(1, device=gpu).add(1).item() == 2
+    except RuntimeError as e:
+        print(f"warning: {gpu} is not used ({one_line(e)[:300]})", file=sys.stderr)
+        return False
 
 
 def pick_device(config):
@@ -135,8 +156,8 @@ def pick_device(config):
         remedy = f"start {n} (torchrun --nproc-per-node {n}), or pass --device cpu" if n else "pass --device cpu"
         raise BadInput(f"--device {config.device}: {n} GPUs for {processes} processes on this machine; {remedy}")
     if config.device == "auto":
-        best = "cuda:0" if gpus else "mps" if torch.backends.mps.is_available() and not launched() else "cpu"
-        return torch.device(best)
+        mps = torch.backends.mps.is_available() and not launched()
+        return torch.device("cuda:0" if gpus and computes("cuda:0") else "mps" if mps else "cpu")
     try:
         device = torch.device(config.device)
         if device.type not in ("cpu", "cuda", "mps"):

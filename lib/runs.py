@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import io
 import itertools
 import json
@@ -50,8 +51,13 @@ def write(path, content, keep=None):
         os.replace(part, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # a shared folder that does not sync folders
+                    raise
+            finally:
+                os.close(folder)
     except OSError as e:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ os.environ["FASTAI_HOME"] = tempfile.mkdtemp()  # where fastai keeps data sets: 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["MPLBACKEND"] = "agg"  # a notebook's terminal hands on its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, a thread each
+if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in " ".join(sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for a CPU; those for a GPU are pytest -m cuda
 
 import numpy as np
 import pytest
@@ -46,6 +48,7 @@ def threads(monkeypatch):
     """As many threads in every test, whatever a run in the one before asked for, and whoever else is busy."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     monkeypatch.setattr(sharing, "WINDOW", math.inf)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -619,6 +619,16 @@ def test_a_setting_that_cannot_be_used_is_named(argv, words, photos, refused):
     assert words in refused("--data", photos, *argv)
 
 
+def test_a_home_that_cannot_be_written_to_is_not_needed(photos, monkeypatch):
+    def fail(config):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(loader, "cache_dir", fail)
+    assert len(loader.get_dls(Config(data=str(photos), size=16)).store) == 16
+    with pytest.raises(BadInput, match="Read-only file system"):
+        loader.get_dls(Config(data=str(photos), size=16, cache="x"))
+
+
 def test_short_memory_is_one_line(photos, refused, monkeypatch):
     def fail(*args):
         raise errors.pop(0)
@@ -628,9 +638,11 @@ def test_short_memory_is_one_line(photos, refused, monkeypatch):
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory:\n you tried"),
         torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. …'s workers are out of shared memory."),
         RuntimeError("a bug"),
-    ]
-    for _ in range(3):
+    ]  # fmt: skip
+    for _ in range(5):
         assert "try a smaller --batch-size" in refused("--data", photos)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--data", str(photos)])

@@ -245,6 +245,20 @@ def test_intervals_are_students(pairs):
     assert ("no difference seen" in compare.verdict("x", "y", mean, half, n)) == (low <= 0 <= high)
 
 
+def test_intervals_over_folds_allow_for_shared_images():
+    """A fifth of the images is test: the variance of the mean is (1 / 5 + 1 / 4) of the folds' (Nadeau & Bengio)."""
+    summary = dict.fromkeys(("last_test_acc", "valid_acc"), 0.9) | {"train_seconds": 90.0, "target": 0, "mistakes": 1}
+    rng, env = np.random.default_rng(0), {"images": {"test": 10}}
+    accs = rng.uniform(0.8, 0.9, (2, 5, 3))  # variant, fold, seed
+    args = lambda seed, fold: {"seeds": [seed], "folds": 5, "fold": fold + 1}
+    run = lambda place, acc: {"args": args(*place[::-1]), "env": env, "summary": {**summary, "test_acc": acc}}
+    runs = {name: [run(place, acc) for place, acc in np.ndenumerate(of)] for name, of in zip("ab", accs)}
+    apart = (accs[1] - accs[0]).mean(1)
+    half = scipy.stats.t.ppf(0.975, 4) * apart.std(ddof=1) * (1 / 5 + 1 / 4) ** 0.5
+    text, (sentence,) = compare.table(runs)
+    assert f"{apart.mean():+.4f} ± {half:.4f}" in text and "n = 5" in sentence
+
+
 def test_equal_and_single_scores_have_a_sentence(recwarn):
     assert compare.verdict("x", "y", *compare.interval([0.5, 0.7], [0.5, 0.7]), 2) == "y equals x in all 2 pairs."
     mean, half = compare.interval([0.75, 0.5], [0.5, 0.25])  # always as much better: no width

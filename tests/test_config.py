@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import yaml
 from fastai.callback import schedule as fastai_schedule
 
 from lib import cli, config, machine
+from lib.config import Config
 from lib.data import sources
 from lib.models import zoo
 from lib.train import lr_range, schedules
@@ -143,6 +145,23 @@ def test_annotations_say_what_is_allowed():
         kind, words = config.kind_and_words(field.type)
         assert kind in (int, float, bool, str) or words, field.name
         assert (field.metadata["low"] is not None) == (kind in (int, float)), field.name
+
+
+def test_a_gpu_that_torch_cannot_use_is_left_out(monkeypatch, capsys):
+    """A driver that is too old is counted, and fails at the first number."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: (_ for _ in ()).throw(RuntimeError("The driver is too old")))
+    assert machine.pick_device(Config()) == torch.device("cpu")
+    assert "warning: cuda:0 is not used (RuntimeError: The driver is too old)" in capsys.readouterr().err
+    assert machine.environment()["gpus"] == []
+
+
+@pytest.mark.parametrize("free, workers", [(64, 4), (1000, 8), (10, 0), (0, 0)])
+def test_as_many_workers_as_their_shared_memory_holds(free, workers, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 16)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free * 10**6))
+    assert machine.useful_workers(torch.device("cuda"), 128 * 3 * 128**2) == workers
+    assert machine.useful_workers(torch.device("cpu"), 128 * 3 * 128**2) == 0
 
 
 def test_the_machine_is_made_as_the_settings_say():

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 
 import fastai.interpret  # noqa: F401  once, ahead of the forks
 import pytest
@@ -64,6 +66,22 @@ def hooked(act):
     ahead(os, "replace", lambda source, target: os.path.basename(target))
     name = lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
     ahead(os, "fsync", lambda fd: "write " + name(fd)[1:].rsplit(".", 1)[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_its_processes_is_a_signal_to_the_run(number, bands, tmp_path):
+    """As a terminal, timeout or systemd send it. Loader processes leave it to the run; uv sends a second SIGTERM."""
+    argv = [*ARGS, "--epochs", "99", "--workers", "2", "--name", "x", "--data", bands, "--out", tmp_path]
+    options = dict(start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen([sys.executable, "train_fastai.py", *map(str, argv)], **options) as process:
+        next(line for line in process.stdout if line.startswith("epoch  2"))
+        for _ in range(1 + (number == signal.SIGTERM)):
+            os.killpg(process.pid, number)
+            time.sleep(0.01)
+        said = process.communicate(timeout=100)[0]
+    assert process.returncode == 130 and said.count("interrupted and saved") == 1, said
+    assert said.count("finishing") <= 1 and "Traceback" not in said, said
+    assert checkpoint.of_run(str(tmp_path / "x"))["epochs_trained"] >= 2
 
 
 @pytest.fixture(scope="module")

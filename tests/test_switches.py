@@ -50,6 +50,14 @@ def test_a_run_that_stops_says_so_and_is_whole(bands, tmp_path, capsys):
     assert json.loads((tmp_path / "x/summary.json").read_text())["epochs"] == summary["epochs"]
 
 
+@pytest.mark.parametrize("words, least", [("", 7), ("--patience-epochs 1", 3), ("--schedule grow_batch", 7)])
+def test_an_end_before_a_smaller_rate_can_act_is_refused(words, least, refused, photos):
+    argv = ["--data", photos, "--epochs", 50, *words.split(), "--stop-after"]
+    assert f"pass {least} or more, or --schedule constant" in refused(*argv, least - 1)
+    assert settings.variants([*map(str, argv), str(least)])
+    assert settings.variants([*map(str, argv), "1", "--schedule", "constant"])
+
+
 def test_its_count_goes_on_after_a_resume():
     one, other = StopEarly(patience=3), StopEarly(patience=3)
     one.best, one.wait = 0.25, 2

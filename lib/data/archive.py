@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import shutil
+import sys
 import tarfile
 import zipfile
 from functools import partial
@@ -96,7 +97,8 @@ PACKED = {  # first bytes: what reads it
 
 def fault_of(where, number, total, most):
     """What is wrong with a member of an archive: its path, its number, the bytes so far; "" if nothing is."""
-    if where.is_absolute() or ".." in where.parts or str(where)[1:2] == ":":
+    drive = ":" in (str(where) if sys.platform == "win32" else str(where)[1:2])
+    if where.is_absolute() or ".." in where.parts or drive:
         return "points outside"
     if len(where.parts) > MAX_DEPTH:
         return f"lies more than {MAX_DEPTH} folders deep"

@@ -1,7 +1,10 @@
 """Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
 import dataclasses
+import os
 import random
+import signal
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from lib.data.decode import batch_size, centre
 from lib.data.folders import Label, find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
-from lib.machine import cores, on_this_machine
+from lib.machine import useful_workers
 from lib.runs import read_card
 
 PLAIN_PIXELS = 2**21  # that say enough of the colours of all
@@ -155,6 +158,13 @@ class StoreDL(TfmdDL):
         self.after_iter()
         self.epoch += self.shuffle
 
+    def wif(self):
+        """In a worker process: signals to all processes are for the one that it works for, which finishes a batch."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+            signal.signal(signal.SIGTERM, lambda *_: signal.alarm(15))  # it ends by itself if nobody ends it
+
     def sample(self):
         size, workers, worker = self.bs or 1, self.num_workers, self.offs
         return (i for position, i in enumerate(self.idxs) if position // size % workers == worker)
@@ -266,7 +276,9 @@ def read_images(config, size):
         sets = find_images(root, *split)
         check_apart(config, root)
         paths = list(dict.fromkeys(path for images in sets for path, _ in images))  # valid may be test
-        folder, skip = cache_dir(config), config.bad_images == "skip"
+        folder, skip = None, config.bad_images == "skip"
+        with nullcontext() if config.cache else suppress(OSError, BadInput):  # a home that cannot be written to
+            folder = cache_dir(config)
         store = Store(paths, size, root, cache=folder if config.cache else None, skip=skip, temporary=folder)
         if store.skipped:  # split anew, so that each class has its share in each set
             sets = find_images(root, *split, set(paths) - set(store.index))
@@ -299,7 +311,7 @@ def get_dls(config, device="cpu"):
     device, workers = torch.device(device), config.workers
     evaluation = {}
     if workers == "auto":
-        workers = 0 if device.type == "cpu" else min(8, max(1, cores() // on_this_machine()))
+        workers = useful_workers(device, 3 * size**2 * images_a_step(config, len(splits[0])))
         evaluation["num_workers"] = 0  # to copy pixels from the store takes less time than to start processes
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
     options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))

@@ -140,6 +140,8 @@ def range_test(learn, config, run):
     if test.fall < NOISY * test.noise:
         little = f"its fall, {test.fall:.2g}, is little against its noise, {test.noise:.2g}: the rate is a rough guess"
         print(f"range test: {little}; more --lr-iters or --lr with a number make it surer", flush=True)
+    if len(test.lrs) == test.num_it and test.smooth_losses.argmin() >= 0.9 * test.num_it:
+        print("range test: the loss still falls at the highest rates; a larger --lr-high makes it surer", flush=True)
     run.note(lr_suggestions=suggestions)
     return lr, test.step_seconds
 

@@ -38,7 +38,7 @@ def reliability(targets, p, bins=15):
 
 
 def calibration_error(rows):
-    """Expected calibration error of rows of `reliability`: mean |accuracy - confidence|, weighed by images (eq. 5)."""
+    """Expected calibration error of rows of `reliability`: mean |accuracy - confidence|, weighed by images (eq. 3)."""
     return sum(r["images"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / sum(r["images"] for r in rows)
 
 

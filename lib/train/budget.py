@@ -21,7 +21,7 @@ FIGURES = 15  # seconds of the figures and explanations at the end
 
 
 def learned():
-    """{network: [(training images seen, valid accuracy, runs), …]} of runs of one cycle on CIFAR-10, from TABLE."""
+    """{network: [(training images seen, valid accuracy, runs), …]} of runs on CIFAR-10, from TABLE."""
     with refused(f"{TABLE}: says what networks learn, and cannot be read", "restore it"):
         return {name: row["learned"] for name, row in read_json(TABLE)["rows"].items() if row.get("learned")}
 

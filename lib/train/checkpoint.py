@@ -20,7 +20,7 @@ from lib.runs import write
 from lib.train import ranks
 
 FORMAT = 5  # of the checkpoint; another one is refused
-GRACE = 5  # seconds in which a second signal is ignored: torchrun forwards those that its processes have had
+GRACE = 5  # seconds in which a second signal is ignored: torchrun and uv forward those that their processes have had
 
 
 class Interrupted(KeyboardInterrupt):
@@ -113,7 +113,7 @@ class Checkpoint(Callback):
 
         def stop(number, frame):
             now = time.monotonic()
-            if self.signalled and now - self.signalled > GRACE * machine.launched():
+            if self.signalled and now - self.signalled > GRACE * (machine.launched() or number == signal.SIGTERM):
                 raise KeyboardInterrupt
             if self.signalled:
                 return
