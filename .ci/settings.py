@@ -32,8 +32,8 @@ GROUPS = {  # heading: (settings, notes)
     "Data": (
         "data bad_images valid_pct split_seed folds fold size batch_size balanced_batches",
         """
-        - With `--valid-pct 0` the test set chooses the weights, and the summary and every figure say so. Data with its
-          own `valid/` and `test/` keeps both.
+        - With `--valid-pct 0` the test set chooses the weights, and the summary and the figures of the result say so.
+          Data with its own `valid/` and `test/` keeps both.
         - `--folds 5` makes five runs. Each run tests on another fifth of the images
           ([comparing.md](comparing.md)). With `--fold 2` there is one run, which tests on the second fifth.
         - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
@@ -59,9 +59,14 @@ GROUPS = {  # heading: (settings, notes)
         "epochs minutes seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
         "perturb_on_plateau stop_after keep target",
         """
-        - Weight decay is torch's L2 penalty. BatchNorm and biases have none.
+        - Weight decay is torch's L2 penalty. BatchNorm and biases have none. Under `adam`, `rmsprop` and `adagrad` the
+          penalty too is divided by the size of the gradients (Loshchilov & Hutter, arXiv 1711.05101).
         - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
-          training, with one exception: plateau watches the loss of the average.
+          training, with one exception: plateau watches the loss of the average. The decay is for each step: if a step
+          has more images (`grow_batch`, `--accumulate`), the average goes back over more epochs.
+        - `--stop-after` counts epochs without a new best value, however little better. Under `plateau` and `grow_batch`
+          it must be at least `--patience-epochs` + 2, so that a smaller rate can act. Under the other schedules it may
+          end a run while the rate is still high.
         - The order of an epoch is a function of (seed, epoch). The augmentation of an image is a function of (seed,
           epoch, image). So any number of `--workers` sees the same data. Two equal runs on one machine, with the same
           number of threads, are equal to the bit (tested on a CPU).
@@ -82,7 +87,8 @@ GROUPS = {  # heading: (settings, notes)
         """
         - Plateau counts as torch's `ReduceLROnPlateau` does: with `--patience-epochs 5` the sixth bad epoch in a row
           lowers the rate.
-        - `grow_batch` grows the batch on a plateau, where `plateau` would lower the rate.
+        - `grow_batch` grows the batch on a plateau, where `plateau` would lower the rate. From
+          `--max-batch-size`, or from all training images if these are fewer, it lowers the rate.
         - On CIFAR-10 the loss must fall by 4% to count as an improvement (`--threshold 0.04`). The loss of averaged
           weights keeps falling a little. So with a smaller threshold there would hardly ever be a plateau. If you use
           `--ema` on other data, pass `--threshold 0.04` too; the value was chosen on CIFAR-10.
@@ -118,7 +124,9 @@ GROUPS = {  # heading: (settings, notes)
         """
         - `--log` needs the package that it names: `uv run --with wandb train_fastai.py --log wandb`. TensorBoard and
           wandb write into the run folder. MLflow writes where `MLFLOW_TRACKING_URI` says. If the log does not take
-          an epoch, one line says so, and training goes on.
+          an epoch, one line says so, and training goes on. A resumed run goes on with its run at wandb or MLflow.
+        - `--cam eigencam` knows no class: its two maps are equal. `xgradcam` is made for layers whose outputs are not
+          negative; those of our networks may be.
         - `--resume` goes on from the last checkpoint. There is one at the end of each epoch, and one every
           `--checkpoint-seconds` within an epoch. [reliability.md](reliability.md) lists what is promised.
         """,
@@ -135,7 +143,7 @@ END = """
 | 1 | another process of the run is gone, or an error that nobody has foreseen |
 | 2 | bad input, a bad setting, a disk that cannot be written, too little memory; one line on stderr says which |
 | 3 | the loss is not finite any more; the message names the epoch, the batch and the rate |
-| 130 | interrupted; if training had begun, a line names the command that goes on |
+| 130 | interrupted; during training, a line names the command that goes on |
 """
 
 

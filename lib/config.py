@@ -103,7 +103,9 @@ class Config:
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs in which the rate rises from a quarter to all of it; 0: none", low=0)
-    pct_start: float = option(None, "share of epochs before one_cycle's top (0.25; flat_cos 0.75)", low=0.01, high=0.99)
+    pct_start: float = option(
+        None, "share of epochs before one_cycle's top (0.25; flat_cos 0.75)", low=0.01, high=0.99
+    )
     div: float = option(25.0, "one_cycle starts at lr / div", low=1)
     div_final: float = option(1e5, "one_cycle and flat_cos end at lr / div_final", low=1)
     max_momentum: float = option(0.95, "one_cycle's momentum at both ends", low=0, high=0.9999)
@@ -111,7 +113,7 @@ class Config:
     cycle_length: float = option(None, "first cycle, as a share of epochs (0.2; warm_restarts 1/7)", low=1e-3, high=1)
     cycle_mult: float = option(2.0, "how many times longer each cycle of warm_restarts is than the one before", low=1)
     cycle_div: float = option(4.0, "triangular rates begin at lr / cycle_div", low=1)
-    max_batch_size: int = option(1024, "size from which grow_batch lowers the rate instead", low=1, high=10**6)
+    max_batch_size: int = option(1024, "size (or all images) from which grow_batch lowers the rate", low=1, high=10**6)
     accumulate: int = option(1, "batches whose mean loss makes one update", low=1, high=10_000)
     balanced_batches: bool = option(False, "each batch has the class proportions of the data, as far as possible")
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)

@@ -48,7 +48,6 @@ def threads(monkeypatch):
     """As many threads in every test, whatever a run in the one before asked for, and whoever else is busy."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     monkeypatch.setattr(sharing, "WINDOW", math.inf)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastai.callback.progress import ProgressCallback, ShowGraphCallback
+from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.tracker import SaveModelCallback
 from matplotlib import pyplot
 from PIL import Image
@@ -49,6 +50,30 @@ def test_a_fit_that_begins_later_goes_on_with_files_and_graph(make, tmp_path, mo
     pyplot.close("all")
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [f"m_{i}.pth" for i in range(4)]
     assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_looks_leave_the_log_and_the_record(make, tmp_path):
+    def look(learn):
+        learn.validate(), learn.get_preds(), learn.show_results(max_n=2)
+        pyplot.close("all")
+
+    class Looks(Callback):
+        order = 90  # after the log
+
+        def after_epoch(self):
+            look(self.learn)
+
+    told = []
+    for cbs in ([], [Looks()]):
+        _, learn = make()
+        learn.path = tmp_path
+        learn.fit(2, 0.01, cbs=[CSVLogger(), *cbs])
+        log, values = (tmp_path / "history.csv").read_text(), [list(row) for row in learn.recorder.values]
+        look(learn)
+        assert (tmp_path / "history.csv").read_text() == log
+        assert [list(row) for row in learn.recorder.values] == values
+        told.append(([line.rsplit(",", 1)[0] for line in log.splitlines()], values))  # without the time
+    assert told[0] == told[1] and len(told[0][0]) == 3
 
 
 def test_small_and_wide_images_train_as_they_are(tmp_path, parse):
