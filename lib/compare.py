@@ -198,6 +198,22 @@ def interval(scores, base, folds=0):
     return apart.mean(), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart) * shared**0.5
 
 
+def differences(runs, base, key, folds):
+    """Mean, half-width of the interval, and number of the differences in `key` from the runs `base`; () for no pairs.
+
+    With `folds`, the seeds of a fold count as one.
+    """
+    scores = [{pair_of(run): run["summary"][key] for run in group} for group in (runs, base)]
+    pairs = [pair for pair in scores[0] if pair in scores[1]]
+    units = [*groupby(pairs, 1).values()] if folds else [[pair] for pair in pairs]
+    means = [[np.mean([of[pair] for pair in unit]) for unit in units] for of in scores]
+    return (*interval(*means, folds), len(units)) if pairs else ()
+
+
+def signed(mean, half):
+    return f"{mean:+.4f}" + (f" ± {half:.4f}" if half is not None else "")
+
+
 def verdict(first, name, mean, half, n):
     """What the paired differences in test accuracy between two variants show, in one sentence."""
     if half is None:
@@ -224,11 +240,11 @@ def table(variants):
     """The comparison as Markdown, with a row for each variant; and a sentence for each variant against the first."""
     first = next(iter(variants))
     target = variants[first][0]["summary"]["target"]
-    scores = {name: {pair_of(run): run["summary"]["test_acc"] for run in runs} for name, runs in variants.items()}
     folds = max(run["args"]["folds"] for runs in variants.values() for run in runs)
     reached = [f"epochs to {target:g}", f"seconds to {target:g}"] if target else []
+    against = f"against {first}", f"against {first}, last"
     rows = [["variant", "n", "test accuracy, best by valid", *["accuracy on all images"] * bool(folds),
-             "test accuracy, last", "valid accuracy", *reached, "seconds", f"against {first}"]]  # fmt: skip
+             "test accuracy, last", "valid accuracy", *reached, "seconds", *against]]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     verdicts = []
     for name, runs in variants.items():
@@ -242,14 +258,10 @@ def table(variants):
         if folds:
             pooled = on_all_images(runs)
             cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
-        against, pairs = "", [pair for pair in scores[name] if pair in scores[first]]
-        if name != first and pairs:
-            units = groupby(pairs, 1).values() if folds else [[pair] for pair in pairs]  # seeds of a fold are one
-            means = [[np.mean([scores[variant][pair] for pair in unit]) for unit in units] for variant in (name, first)]
-            mean, half = interval(*means, folds)
-            against = f"{mean:+.4f}" + (f" ± {half:.4f}" if half is not None else "")
-            verdicts.append(verdict(first, name, mean, half, len(units)))
-        rows.append([name, str(len(runs)), *cells, against])
+        apart = [differences(runs, variants[first], key, folds) for key in ("test_acc", "last_test_acc")]
+        cells += [signed(*found[:2]) if name != first and found else "" for found in apart]
+        verdicts += [verdict(first, name, *apart[0])] if name != first and apart[0] else []
+        rows.append([name, str(len(runs)), *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), verdicts
 
 

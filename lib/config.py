@@ -103,9 +103,7 @@ class Config:
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs in which the rate rises from a quarter to all of it; 0: none", low=0)
-    pct_start: float = option(
-        None, "share of epochs before one_cycle's top (0.25; flat_cos 0.75)", low=0.01, high=0.99
-    )
+    pct_start: float = option(None, "share of epochs before one_cycle's top (0.25; flat_cos 0.75)", low=0.01, high=0.99)
     div: float = option(25.0, "one_cycle starts at lr / div", low=1)
     div_final: float = option(1e5, "one_cycle and flat_cos end at lr / div_final", low=1)
     max_momentum: float = option(0.95, "one_cycle's momentum at both ends", low=0, high=0.9999)

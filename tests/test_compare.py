@@ -28,6 +28,10 @@ def rows_of(path):
         return list(csv.DictReader(f))
 
 
+def names_of(rows):
+    return {row["variant"] for row in rows}
+
+
 def untimed(path):
     """The rows without what depends on how fast and how busy the machine is."""
     return [{k: v for k, v in row.items() if "seconds" not in k and k != "other_load"} for row in rows_of(path)]
@@ -61,6 +65,9 @@ def test_a_run_for_each_variant_and_seed(compared):
     text = (folder / "comparison.md").read_text()
     assert re.search(r"\| plateau \| 2 \| 0\.\d{4} ± 0\.\d{4} \|", text) and "one_cycle" in text
     assert re.search("^one_cycle (against|is|equals)", text, re.M)
+    last = {name: [float(row["last_test_acc"]) for row in rows if row["variant"] == name] for name in names_of(rows)}
+    mean, half = compare.interval(last["one_cycle"], last["plateau"])
+    assert "| against plateau | against plateau, last |" in text and text.count(f"| {mean:+.4f} ± {half:.4f} |") >= 1
 
 
 def test_the_variants_of_a_seed_start_alike_and_seeds_differ(compared):
