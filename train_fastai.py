@@ -40,7 +40,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, MemoryError) or any(words in str(e) for words in NO_MEMORY)):
             raise
-        print(f"error: {cli.one_line(e)}; try a smaller --batch-size, --size or --model", file=sys.stderr)
+        remedy = "--workers 0" if "shared memory" in str(e) else "a smaller --batch-size, --size or --model"
+        print(f"error: {cli.one_line(e)}; try {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; if there is a run folder, --resume goes on with it", file=sys.stderr)
@@ -61,7 +62,7 @@ def train(config, tested=None):
     from lib import train as training
     from lib.train import budget, checkpoint, lecture, ranks, timing
 
-    if not gc.isenabled():  # the first run of a command
+    if not gc.isenabled() and not gc.get_freeze_count():  # the first run of a command
         gc.freeze()  # what the imports made is never looked through
     if len(config.seeds) > 1:
         raise cli.BadInput(f"seeds {config.seeds}: train() makes one run; call it for each seed")

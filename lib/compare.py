@@ -114,8 +114,7 @@ def load(folder):
     with refused(f"{folder}: is no run folder, or damaged", errors=damaged):
         if not (folder / "summary.json").exists():
             return None
-        config = Config(**read_file(folder / "args.yaml"))
-        args = config.to_dict() | {"data": data_name(config)}  # a machine's folders do not make a variant
+        args = Config(**read_file(folder / "args.yaml")).to_dict()
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
         with open(folder / "results.csv", newline="") as f:
             rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(f)]
@@ -198,13 +197,14 @@ def interval(scores, base, folds=0):
     return apart.mean(), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart) * shared**0.5
 
 
-def differences(runs, base, key, folds):
+def differences(runs, base, key):
     """Mean, half-width of the interval, and number of the differences in `key` from the runs `base`; () for no pairs.
 
-    With `folds`, the seeds of a fold count as one.
+    Where there are several folds, the seeds of a fold count as one.
     """
     scores = [{pair_of(run): run["summary"][key] for run in group} for group in (runs, base)]
     pairs = [pair for pair in scores[0] if pair in scores[1]]
+    folds = runs[0]["args"]["folds"] if len({fold for _, fold in pairs}) > 1 else 0
     units = [*groupby(pairs, 1).values()] if folds else [[pair] for pair in pairs]
     means = [[np.mean([of[pair] for pair in unit]) for unit in units] for of in scores]
     return (*interval(*means, folds), len(units)) if pairs else ()
@@ -258,7 +258,7 @@ def table(variants):
         if folds:
             pooled = on_all_images(runs)
             cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
-        apart = [differences(runs, variants[first], key, folds) for key in ("test_acc", "last_test_acc")]
+        apart = [differences(runs, variants[first], key) for key in ("test_acc", "last_test_acc")]
         cells += [signed(*found[:2]) if name != first and found else "" for found in apart]
         verdicts += [verdict(first, name, *apart[0])] if name != first and apart[0] else []
         rows.append([name, str(len(runs)), *cells])
@@ -276,8 +276,10 @@ def report(folders, out, show=False):
     runs, missing = [run for run in loaded.values() if run], [folder for folder, run in loaded.items() if not run]
     if not runs:
         raise BadInput(f"{', '.join(missing)}: none of the runs is finished")
-    (variants, differ), rows, curves = by_variant(runs), [], {}
-    target = runs[0]["summary"]["target"]
+    if same_images(runs) and len({data_name(Config(data=run["args"]["data"])) for run in runs}) == 1:
+        for run in runs:  # a machine's folders do not make a variant
+            run["args"]["data"] = runs[0]["args"]["data"]
+    (variants, differ), rows, curves, target = by_variant(runs), [], {}, runs[0]["summary"]["target"]
     for run in runs:  # each may have had a target of its own
         at = next((row for row in run["rows"] if target and row["test_acc"] >= target), None)
         run["summary"] |= dict(epochs_to_target=at and int(at["epoch"]), seconds_to_target=at and at["seconds"])
@@ -298,21 +300,26 @@ def report(folders, out, show=False):
     print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 
 
+def same_images(runs):
+    """Whether no two of the runs show by their fingerprints that they saw different images."""
+    made = lambda run: (run["args"]["fold"], run["env"].get("size"))  # a fingerprint depends on these two
+    return len({(made(run), run["env"]["data_fingerprint"]) for run in runs}) == len(set(map(made, runs)))
+
+
 def remarks(runs, missing, differ):
     """Sentences that a reader of the table of `runs` needs; `differ` names the settings that differ."""
     notes, folds = [], {run["args"]["folds"] for run in runs} - {0}
     if missing:
         notes.append(f"Not finished, and left out: {', '.join(missing)}.")
-    made = lambda run: (run["args"]["fold"], run["env"].get("size"))  # a fingerprint depends on these two
-    if len({(made(run), run["env"]["data_fingerprint"]) for run in runs}) > len(set(map(made, runs))):
+    if not same_images(runs):
         notes.append("These runs saw different images: the comparison is not fair.")
     if "test" in {run["summary"]["chosen_on"] for run in runs}:
         notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
     if any(map(disturbed, runs)):
         notes.append(f"*: other programs used more than {pages.DISTURBED} cores; alone, these runs would be faster.")
     if folds:
-        how = "the intervals allow for it (Nadeau & Bengio, 2003), over folds, with the mean of their seeds"
-        notes.append(f"Folds share training images, so deviations over them are too small; {how}.")
+        how = "intervals over them allow for it (Nadeau & Bengio, 2003), and take the mean of a fold's seeds"
+        notes.append(f"Folds share training images, so deviations over folds are too small; {how}.")
     lengths = " and ".join(map(str, sorted({len(run["rows"]) for run in runs})))
     over, by = ("seeds and folds", "seed and fold") if folds else ("seeds", "seed")
     notes.append(

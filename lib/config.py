@@ -86,7 +86,7 @@ class Config:
     lr_suggest: Literal[*SUGGESTIONS] = option("sixth", "which suggestion of the range test is used")
     lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
     lr_scale: Literal["exponential", "linear"] = option("exponential", "how the rates of the range test rise")
-    lr_high: float = option(None, "last rate of the range test (exponential 10, linear 0.2)", low=1e-4)
+    lr_high: float = option(None, "last rate of the range test (exponential 10, linear 2)", low=1e-4)
     lr_find_on: Literal["train", "valid"] = option("train", "set whose loss the range test looks at")
     optimizer: Literal[*OPTIMIZERS] = option("sgd", "what updates the weights; sgd has momentum")
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)

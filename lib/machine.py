@@ -5,9 +5,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +71,36 @@ def useful_workers(device, batch):
     workers = min(8, max(1, cores() // on_this_machine()))
     shared = Path("/dev/shm")  # where two batches a worker wait; a container often has 64 MB
     return max(0, min(workers, (shutil.disk_usage(shared).free // batch - 2) // 2)) if shared.is_dir() else workers
+
+
+@contextmanager
+def signals_held():
+    """Inside the block Ctrl-C and SIGTERM wait. Processes that begin in it begin with that."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def leave_signals():
+    """In a loader process: signals to all processes are for its run, which finishes a batch and saves.
+
+    Ctrl-C is ignored. A SIGTERM of its run ends it at once, and one of somebody else when the run has had time.
+    """
+
+    def end():
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            time.sleep(15)
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end, daemon=True).start()
 
 
 def busy_seconds():
@@ -139,6 +172,8 @@ def computes(gpu):
     try:
         return torch.ones(1, device=gpu).add(1).item() == 2
     except RuntimeError as e:
+        if "out of memory" in str(e) or "busy" in str(e):
+            raise
         print(f"warning: {gpu} is not used ({one_line(e)[:300]})", file=sys.stderr)
         return False
 

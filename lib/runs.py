@@ -114,20 +114,28 @@ def whole_folder(path, pick=lambda part: part):
                 raise
 
 
+def locked(folder):
+    """The lock file of a run folder, locked until it is closed. Raises BadInput where another process has it.
+
+    A lock of POSIX is this process's alone: loader processes do not inherit it, and it ends with the process.
+    """
+    file = None
+    try:
+        file = open(folder / ".lock", "w")
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN) and file:
+            raise BadInput(f"{folder}: another process trains in it; wait for its end, or stop it") from None
+    return file  # None where nothing can be written, which the next file says; without effect on disks without locks
+
+
 class Run:
     """One run folder: `run.path`, and `run.env`, the content of env.json. One process at a time has it."""
 
-    def __init__(self, path, config, env, **as_asked):
+    def __init__(self, path, config, env, lock=None, **as_asked):
         path.mkdir(exist_ok=True)
-        self.path, self.env, self.lock = path, env, os.open(path, os.O_RDONLY) if fcntl else None
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise BadInput(f"{path}: another process trains in it; wait for its end, or stop it") from None
-        except OSError:
-            pass  # a disk without locks
+        self.path, self.env, self.lock = path, env, lock or locked(path)
         write(path / "args.yaml", yaml.safe_dump({**config.to_dict(), "resume": "", **as_asked}, sort_keys=False))
         self.note()
 
@@ -136,9 +144,8 @@ class Run:
 
     def close(self):
         """Lets another process go on with the run."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        if self.lock:
+            self.lock.close()
 
     def note(self, **facts):
         """Adds facts to env.json."""
@@ -205,11 +212,14 @@ def check_out(config, size=1):
     name = "resume" if config.resume else "out"  # a run that has moved goes on where it is
     path = Path(getattr(config, name)).expanduser().absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
-    fault = f"cannot be written to, or has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
-    what = f"--{name} {getattr(config, name)}: {fault}"
-    with refused(what, "pass another", OSError), tempfile.TemporaryFile(dir=nearest) as f:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(f.fileno(), 0, size)
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as f:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as e:  # its text would name a file that nobody knows
+        needs = f"has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
+        text = f"cannot be written to, or {needs} ({e.strerror}); pass another"
+        raise BadInput(f"--{name} {getattr(config, name)}: {text}") from None
 
 
 def start(config, **facts):
@@ -218,7 +228,7 @@ def start(config, **facts):
     fold = f"-f{config.fold}" if config.fold else ""
     name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}{fold}"
     out = Path(config.out).expanduser()
-    with refused(f"--out {config.out}: cannot be written", "pass another folder", OSError):
+    try:
         out.mkdir(parents=True, exist_ok=True)
         check_out(config, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
@@ -231,6 +241,8 @@ def start(config, **facts):
                 except OSError:
                     if not os.path.lexists(out / free):  # otherwise another process was quicker
                         raise
+    except OSError as e:
+        raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
 
 
 def reopen(config, **facts):
@@ -244,10 +256,12 @@ def reopen(config, **facts):
     now = {**environment(), **{name: facts[name] for name in OF_MACHINE}}
     of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
     env = {**facts, **now, **env, **of_data, "ended": "", "resumed": [*env.get("resumed", []), now]}
-    run = Run(path, config, env, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
-    with refused(f"{path}: cannot be written to", "make it writable", OSError):
+    lock = locked(path)
+    try:
         (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-    return run
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
+    return Run(path, config, env, lock, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
 
 def read_card(path):

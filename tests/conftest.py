@@ -11,6 +11,7 @@ import traceback
 
 os.environ["FASTAI_HOME"] = tempfile.mkdtemp()  # where fastai keeps data sets: what lies in ~/.fastai must not matter
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers of the tests are here
 os.environ["MPLBACKEND"] = "agg"  # a notebook's terminal hands on its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, a thread each
 if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in " ".join(sys.argv):

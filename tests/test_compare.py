@@ -159,7 +159,9 @@ def test_runs_of_two_machines_and_of_two_targets_are_one_variant(pair, bands, tm
 def test_runs_of_two_sizes_saw_the_same_images(pair):
     change, text = pair
     change("env.json", json.loads, json.dumps, data_fingerprint="other")
-    assert "saw different images" in text()
+    assert "saw different images" in text() and "| plateau | 2 |" in text()
+    change("args.yaml", yaml.safe_load, yaml.safe_dump, data="/elsewhere/bands")
+    assert "| data /elsewhere/bands | 1 |" in text()  # other images in a folder of the same name
     change("env.json", json.loads, json.dumps, size=64)
     assert "saw different images" not in text()
 
@@ -264,6 +266,18 @@ def test_intervals_over_folds_allow_for_shared_images():
     half = scipy.stats.t.ppf(0.975, 4) * apart.std(ddof=1) * (1 / 5 + 1 / 4) ** 0.5
     text, (sentence,) = compare.table(runs)
     assert f"{apart.mean():+.4f} ± {half:.4f}" in text and "n = 5" in sentence
+
+
+def test_seeds_of_one_fold_are_pairs_as_without_folds():
+    summary = dict.fromkeys(("last_test_acc", "valid_acc"), 0.9) | {"train_seconds": 90.0, "target": 0, "mistakes": 1}
+    run = lambda seed, acc: {
+        "args": {"seeds": [seed], "folds": 5, "fold": 2}, "env": {"images": {"test": 10}},
+        "summary": {**summary, "test_acc": acc},
+    }  # fmt: skip
+    accs = [[0.8, 0.82, 0.85], [0.83, 0.84, 0.86]]
+    _, (sentence,) = compare.table({name: [run(*pair) for pair in enumerate(of)] for name, of in zip("ab", accs)})
+    _, half = compare.interval(*accs[::-1])
+    assert f"{half:.4f}" in sentence and "n = 3" in sentence
 
 
 def test_equal_and_single_scores_have_a_sentence(recwarn):
@@ -397,4 +411,4 @@ def test_a_damaged_run_is_one_line(name, content, compared, tmp_path, capsys):
     (run / name).write_text(content)
     assert compare.main([str(run), "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "run" in err
+    assert err.count("\n") == 1 and str(run) in err

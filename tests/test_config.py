@@ -1,6 +1,7 @@
+import os
+import resource
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -27,11 +28,11 @@ def test_help_needs_no_torch_and_is_quick():
         "try: train_fastai.main(['--help'])\n"
         "finally: assert not {'torch', 'fastai', 'numpy', 'yaml'} & set(sys.modules)"
     )
-    times = []
+    cpu, times = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu()  # seconds of work: other tests keep the cores busy
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
+        times.append(cpu() - start)
         assert done.returncode == 0 and "--patience-epochs" in done.stdout
     assert min(times) < 0.5
 
@@ -156,6 +157,7 @@ def test_a_gpu_that_torch_cannot_use_is_left_out(monkeypatch, capsys):
     assert machine.environment()["gpus"] == []
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")
 @pytest.mark.parametrize("free, workers", [(64, 4), (1000, 8), (10, 0), (0, 0)])
 def test_as_many_workers_as_their_shared_memory_holds(free, workers, monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 16)

@@ -251,7 +251,7 @@ def test_the_gap_of_train_and_test_in_the_lecture_is_that_of_its_runs():
 
 def test_pages_name_no_path_of_one_machine():
     tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    for name in tracked:
+    for name in tracked or pytest.skip("git lists no files here"):
         assert not re.search(r"(?<![\w.~$])/(?:root|home|work|tmp)/", (ROOT / name).read_text(encoding="utf-8")), name
 
 
@@ -382,7 +382,9 @@ def numbers_in(path):
     """All numbers in a file of results, or in a folder of runs; of lists of numbers, mean and deviation too."""
     if path.is_dir():
         kept = ("*.md", "*.csv", "*.jsonl", "summary.json", "env.json", "*-s*/summary.json", "*-s*/env.json")
-        return set().union(*(numbers_in(file) for pattern in kept for file in path.glob(pattern)))
+        dense = ("mistakes.csv", "lr_find.csv", "calibration.csv")  # any number is near one of theirs
+        files = {file for pattern in kept for file in path.glob(pattern) if file.name not in dense}
+        return set().union(*map(numbers_in, files))
     if path.suffix not in (".json", ".jsonl", ".csv") and path.name not in ("comparison.md", "lengths.md"):
         return set()
     text = path.read_text(encoding="utf-8")

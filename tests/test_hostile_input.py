@@ -450,16 +450,18 @@ def test_what_is_lost_from_env_json_comes_from_the_data_again(copied, capfd):
     assert {name: json.loads(env.read_text())[name] for name in wrong} == {name: known[name] for name in wrong}
 
 
+OURS = {"n_classes": 2, "stem": 8, "widths": [8, 8, 8]}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"architecture": "os.system"}, {"architecture": "torchvision.os.system"}, {"architecture": "torch.hub.load"},
         {"architecture": "../evil.SmallResNet"}, {"architecture": "nn.Module"}, {"architecture": ""},
-        {"architecture": None}, {"args": None}, {"args": {}}, {"args": {"n_classes": "2"}},
-        {"args": {"n_classes": True}},
-        {"args": {"n_classes": 2, "evil": 1}}, {"args": {"n_classes": 2, "stem": 10**9, "widths": [1]}},
+        {"architecture": None}, {"args": None}, {"args": {}}, {"args": OURS | {"n_classes": "2"}},
+        {"args": OURS | {"n_classes": True}}, {"args": OURS | {"evil": 1}}, {"args": OURS | {"stem": 10**9}},
         {"args": {"n_classes": 2, "stem": 60_000, "widths": [60_000, 60_000, 60_000]}},
-        {"args": {"n_classes": 2, "stem": 8, "widths": [8] * 1000}},
+        {"args": OURS | {"widths": [8] * 1000, "depths": [1] * 1000}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "depths": [1, 1]}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "depths": [1, 1, 64]}},
         {"args": {"n_classes": 2, "stem": 8, "widths": [8, 8, 8], "squeeze": 0}},
@@ -470,7 +472,7 @@ def test_what_is_lost_from_env_json_comes_from_the_data_again(copied, capfd):
 )  # fmt: skip
 def test_a_model_json_that_names_anything_else_is_refused(change, copied):
     card = json.loads((copied / "weights/model.json").read_text())
-    zoo.rebuild(card)
+    zoo.rebuild(card), zoo.rebuild({**card, "args": OURS})  # so the others are refused for their fault alone
     with pytest.raises(BadInput):
         zoo.rebuild({**card, **change})
 

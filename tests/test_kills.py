@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fastai.interpret  # noqa: F401  once, ahead of the forks
 import pytest
@@ -75,12 +76,14 @@ def test_a_signal_to_all_its_processes_is_a_signal_to_the_run(number, bands, tmp
     options = dict(start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen([sys.executable, "train_fastai.py", *map(str, argv)], **options) as process:
         next(line for line in process.stdout if line.startswith("epoch  2"))
+        while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+            pass  # until there are loader processes, which the main thread starts
         for _ in range(1 + (number == signal.SIGTERM)):
             os.killpg(process.pid, number)
             time.sleep(0.01)
         said = process.communicate(timeout=100)[0]
     assert process.returncode == 130 and said.count("interrupted and saved") == 1, said
-    assert said.count("finishing") <= 1 and "Traceback" not in said, said
+    assert "Traceback" not in said, said
     assert checkpoint.of_run(str(tmp_path / "x"))["epochs_trained"] >= 2
 
 

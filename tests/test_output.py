@@ -13,7 +13,7 @@ from tests.conftest import SMALL, good
 from train_fastai import main
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.nowhere"}
+NOTEBOOK = {**os.environ, "MPLBACKEND": "nonsense"}  # matplotlib refuses it when it is imported
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def smoke(tmp_path_factory, cache):
 def test_smoke_makes_every_file_within_a_minute(smoke):
     run, out, seconds = smoke
     made = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-    assert made == sorted(FILES)
+    assert made == sorted([*FILES, ".lock"])
     assert seconds < 60
     assert out.count("\nepoch ") == 2 and "range test:" in out and str(run) in out
 
@@ -234,13 +234,19 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path, bands, cache, capsys
     assert main(argv) == 0
     summary = (tmp_path / "x/summary.json").read_text()
     env = (tmp_path / "x/env.json").read_text()
-    other = runs.Run(tmp_path / "x", Config(**runs.read_file(tmp_path / "x/args.yaml")), json.loads(env))
+    program = "import sys; from pathlib import Path; from lib.runs import locked; held = locked(Path(sys.argv[1])); "
+    program += "print('held', flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], **pipes)
+    assert other.stdout.readline() == b"held\n"
     capsys.readouterr()
     assert main(["--resume", str(tmp_path / "x")]) == 2
     err = capsys.readouterr().err
     assert "x: another process trains in it" in err and err.count("\n") == 1
     assert (tmp_path / "x/summary.json").read_text() == summary and (tmp_path / "x/env.json").read_text() == env
-    other.close()
+    other.communicate(b"\n")
+    runs.locked(tmp_path / "x").close()
+    assert main(["--resume", str(tmp_path / "x"), "--epochs", "2"]) == 0
 
 
 def test_a_name_that_is_taken_gets_a_number(tmp_path):

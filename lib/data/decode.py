@@ -158,7 +158,10 @@ def upright_rgb(image, levels, seen):
     image = upright(image, image)
     if image.mode.startswith(("I", "F")):
         array, clear = np.asarray(image), image.info.get("transparency")  # a level, or None
-        image = Image.fromarray(np.where(array == clear, np.uint8(255), from_deep(array, image.mode, levels, seen)))
+        grey = from_deep(array, image.mode, levels, seen)
+        if clear is not None:
+            grey[array == clear] = 255
+        image = Image.fromarray(grey)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

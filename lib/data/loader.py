@@ -1,9 +1,7 @@
 """Loaders that make whole batches where they can, and the DataLoaders of a run."""
 
 import dataclasses
-import os
 import random
-import signal
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from lib.data.decode import batch_size, centre
 from lib.data.folders import Label, find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
-from lib.machine import useful_workers
+from lib.machine import leave_signals, signals_held, useful_workers
 from lib.runs import read_card
 
 PLAIN_PIXELS = 2**21  # that say enough of the colours of all
@@ -147,7 +145,7 @@ class StoreDL(TfmdDL):
         self.idxs = self.get_idxs()
         if skip:
             self.idxs = self.idxs[skip * self.bs :]
-        with torch.random.fork_rng([]):  # worker processes are seeded from it
+        with signals_held(), torch.random.fork_rng([]):  # worker processes are seeded from it
             torch.default_generator.manual_seed(self.seed * 2**32 + self.epoch)
             batches = iter(_loaders[self.fake_l.num_workers == 0](self.fake_l))
         beside = self.pin_memory and getattr(self.device, "type", "") == "cuda"
@@ -159,11 +157,8 @@ class StoreDL(TfmdDL):
         self.epoch += self.shuffle
 
     def wif(self):
-        """In a worker process: signals to all processes are for the one that it works for, which finishes a batch."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-            signal.signal(signal.SIGTERM, lambda *_: signal.alarm(15))  # it ends by itself if nobody ends it
+        """As fastai's, at the start of a worker process."""
+        leave_signals()
 
     def sample(self):
         size, workers, worker = self.bs or 1, self.num_workers, self.offs
@@ -311,7 +306,9 @@ def get_dls(config, device="cpu"):
     device, workers = torch.device(device), config.workers
     evaluation = {}
     if workers == "auto":
-        workers = useful_workers(device, 3 * size**2 * images_a_step(config, len(splits[0])))
+        most = config.max_batch_size if config.schedule == "grow_batch" else 0
+        images = min(max(images_a_step(config, len(splits[0])), most), len(splits[0]))
+        workers = useful_workers(device, 3 * size**2 * images)
         evaluation["num_workers"] = 0  # to copy pixels from the store takes less time than to start processes
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
     options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))

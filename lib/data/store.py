@@ -20,7 +20,7 @@ from lib.machine import cores
 from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
-FORMAT = 4  # of the files of decoded images
+FORMAT = 5  # of the files of decoded images
 CHUNK = 256  # images that a thread decodes at a time
 STATS_PIXELS = 2**18  # that are counted together
 

@@ -112,6 +112,8 @@ class Checkpoint(Callback):
         """Inside, Ctrl-C and SIGTERM do what the class says; after it they have their former meaning again."""
 
         def stop(number, frame):
+            if os.getpid() != process:  # a loader process that has just begun
+                return
             now = time.monotonic()
             if self.signalled and now - self.signalled > GRACE * (machine.launched() or number == signal.SIGTERM):
                 raise KeyboardInterrupt
@@ -124,7 +126,7 @@ class Checkpoint(Callback):
             if ranks.leads():
                 print("finishing the batch and saving; once more stops at once", file=sys.stderr, flush=True)
 
-        self.signalled = 0.0
+        self.signalled, process = 0.0, os.getpid()
         handled = [s for s in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread()]
         former = [(s, signal.signal(s, stop)) for s in handled]
         try:

@@ -107,7 +107,8 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
     if len(loader) == 0:
         raise BadInput("the range test needs at least one training batch")
     before = {name: copy.copy(value) for name, value in vars(loader).items() if name in ("epoch", "rng")}
-    sample = [learn.dls.valid.plain(learn.dls.valid.bs)] if on_valid else []
+    valid = learn.dls.valid if on_valid else None
+    sample = [valid.plain(valid.bs) if hasattr(type(valid), "plain") else valid.one_batch()] if on_valid else []
     with preserved_generators():
         try:
             test = RangeTestCallback(lrs, stop_div, sample, on_update)
