@@ -41,6 +41,7 @@ def test_it_stops_after_so_many_epochs_that_are_no_better(make, monitor, monkeyp
 
 def test_a_run_that_stops_says_so_and_is_whole(bands, tmp_path, capsys):
     argv = [*SMALL, "--data", bands, "--epochs", 8, "--lr", 1e-9, "--stop-after", 2, "--monitor", "valid_acc"]
+    argv += ["--schedule", "constant"]
     assert main([*map(str, argv), "--out", str(tmp_path), "--name", "x"]) == 0
     summary = json.loads((tmp_path / "x/summary.json").read_text())
     out = capsys.readouterr().out
