@@ -224,6 +224,7 @@ def test_the_differences_in_the_lecture_are_those_of_its_tables():
     """Each '± 95% interval' of docs/lecture.md stands, rounded, in a table of results/{lecture,evidence,lengths}/."""
     known = {(0.007, 0.009), (0.006, 0.015)}  # deviations of train - test (below)
     tables = [*ROOT.glob("results/lecture/*/comparison.md"), *ROOT.glob("results/evidence/*/comparison.md")]
+    tables += ROOT.glob("results/lengths/*/comparison.md")
     for file in (*tables, ROOT / "results/lengths/lengths.md"):
         for mean, half in re.findall(r"[+-](0\.\d{4}) ± (0\.\d{4})", file.read_text(encoding="utf-8")):
             known |= {(round(float(mean), k), round(float(half), k)) for k in (3, 4)}
