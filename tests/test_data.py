@@ -126,6 +126,17 @@ def test_archives_with_a_single_root_folder(tmp_path, bands, parse, kind):
     assert plain.store.fingerprint == dls.store.fingerprint == loader.get_dls(config).store.fingerprint
 
 
+def test_a_download_that_fastai_does_not_know_is_refused(tmp_path, parse, monkeypatch):
+    """By fastai's own size and hash, of its own address. What is left of a download that was cut is fetched anew."""
+    asked, archive = [], tmp_path / "cifar10.tgz"
+    archive.write_bytes(b"a download that was cut")
+    fetch = lambda url, path, **_: asked.append(url) or path.write_bytes(b"not CIFAR-10")
+    monkeypatch.setattr("fastdownload.core.download_url", fetch)
+    with pytest.raises(BadInput, match="cifar10.tgz: not the file that fastai knows"):
+        loader.get_dls(parse("--cache", tmp_path))
+    assert asked == [URLs.CIFAR] and not (tmp_path / "cifar10").exists()
+
+
 def test_class_names_are_compared_in_one_form(tmp_path):
     root = tree(tmp_path, {"Train": {"caf\u00e9": 9, "b": 9}, "Val": {"cafe\u0301": 3, "b": 3}})
     (root / "LICENSE").write_text("")

@@ -28,7 +28,7 @@ from lib.config import Config
 from lib.data import folders
 from lib.data.loader import without_auto
 from lib.explain import evaluate
-from tests.conftest import SMALL, save
+from tests.conftest import SMALL, good, save
 from train_fastai import main
 
 ROOT = Path(__file__).parent.parent
@@ -227,6 +227,21 @@ def test_no_garbage_is_looked_for_before_training_and_some_is_from_then_on(tmp_p
     with pytest.raises(BadInput, match=r"seeds \(0, 1\): train\(\) makes one run"):
         train_fastai.train(Config(data="digits", seeds=(0, 1)))
     assert gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_the_test_set_chooses_nothing(tmp_path):
+    """Other test images, with labels exchanged: the same rates, epochs and weights, to the bit."""
+    for name, classes, n in (("one", "ab", 3), ("other", "ba", 6)):
+        root = good(tmp_path / name / "photos/train", "ab", 12).parent
+        good(root / "valid", "ab", 4), good(root / "test", classes, n)
+        argv = ["--data", root, "--out", tmp_path / name, "--name", "x", *SMALL, "--epochs", 4, "--patience-epochs", 0]
+        assert main([*map(str, argv)]) == 0
+    one, other = (tmp_path / name / "x" for name in ("one", "other"))
+    rows = [rows_of(run / "results.csv") for run in (one, other)]
+    assert [row["test_loss"] for row in rows[0]] != [row["test_loss"] for row in rows[1]]
+    rest = lambda rows: [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("test")} for row in rows]
+    assert rest(rows[0]) == rest(rows[1])
+    assert (one / "weights/best.safetensors").read_bytes() == (other / "weights/best.safetensors").read_bytes()
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path, bands, cache, capsys):
