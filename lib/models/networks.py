@@ -65,9 +65,9 @@ class SmallResNet(nn.Module):
         """Sets the first convolution from normalised `images` (n, 3, h, w). Its weight becomes a buffer: it is fixed.
 
         On the images' patches the first half of its outputs has a mean square of 1, and no product of two of them a
-        mean other than 0. The filters are the eigenvectors
-        of the patches' second moments, largest first, over the square roots of their eigenvalues (+ eps); then their
-        negatives (Page, How to train your ResNet; Jordan, arXiv 2404.00498).
+        mean other than 0. The filters are the eigenvectors of the patches' second moments, largest first, over the
+        square roots of their eigenvalues (+ eps); then their negatives (Page, How to train your ResNet; Jordan, arXiv
+        2404.00498).
         """
         conv = self.stem[0]
         moment = 0
