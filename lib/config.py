@@ -68,7 +68,7 @@ class Config:
     """Every setting of a run. Names are those of the command line; `args.yaml` holds exactly these."""
 
     data: str = option("cifar10", "cifar10, digits, a folder of images, or an archive of one (.zip, .tar.gz …)")
-    minutes: float = option(0.0, "minutes for the whole run; they choose network and epochs; 0: no limit", low=0)
+    minutes: float = option(0.0, "minutes for the whole run; network and epochs are chosen to fit; 0: no limit", low=0)
     schedule: Literal[*SCHEDULES] = option(None, "what drives the learning rate (plateau; one_cycle with --minutes)")
     bad_images: Literal["fail", "skip"] = option("fail", "unreadable images: fail names the first, skip lists them all")
     seeds: tuple[int, ...] = option((0,), "one run for each: weights, order, augmentation", low=0, high=2**32 - 1)
@@ -80,7 +80,7 @@ class Config:
     freeze_epochs: int = option(None, "epochs in which only head and norm layers learn (1 with --pretrained)", low=0)
     size: int | Auto = option("auto", "image side in pixels; auto: 128 (cifar10, digits 32)", low=16, high=1024)
     valid_pct: float = option(0.1, "share of train held out to choose the weights; 0: test chooses", low=0, high=0.9)
-    folds: int = option(0, "number of runs, each with another part as test set; 0: no folds", low=0, high=100)
+    folds: int = option(0, "split the images into so many parts; one run tests on each; 0: no folds", low=0, high=100)
     fold: int = option(0, "run only this fold: its images are the test set; 0: run all folds", low=0, high=100)
     lr: float | Literal["find"] = option("find", "learning rate: a number, or find (range test)", low=1e-12)
     lr_suggest: Literal[*SUGGESTIONS] = option("sixth", "which suggestion of the range test is used")
@@ -90,7 +90,7 @@ class Config:
     lr_find_on: Literal["train", "valid"] = option("train", "set whose loss the range test looks at")
     optimizer: Literal[*OPTIMIZERS] = option("sgd", "what updates the weights; sgd has momentum")
     momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
-    weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on BatchNorm and biases", low=0)
+    weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on norms and biases", low=0)
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")

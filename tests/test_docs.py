@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from lib import config
 from lib.compare import interval
@@ -220,9 +222,37 @@ def test_the_other_speeds_in_the_docs_are_those_of_the_files():
     assert f"takes {start:.2f} s" in text and f"takes {cold:.1f} s, or {warm:.1f} s if" in text
 
 
+def differences(path, gap=False):
+    """{(variant, key): (mean, half of the 95% interval)}: a comparison.csv's, to its first variant, paired by seed.
+
+    The keys are those of the kept weights and of the last epoch; with `gap`, train minus test after the last.
+    """
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = {key: lambda row, key=key: float(row[key]) for key in ("test_acc", "last_test_acc") if key in rows[0]}
+    keys = {"gap": lambda row: float(row["last_train_acc"]) - float(row["last_test_acc"])} if gap else keys
+    found = {}
+    for row in rows:
+        for key, value in keys.items():
+            found.setdefault((row["variant"], key), {})[row["seed"]] = value(row)
+    both = {}
+    for (name, key), scores in found.items():
+        base = found[rows[0]["variant"], key]
+        seeds = sorted(scores.keys() & base)
+        if scores is not base and len(seeds) > 1:
+            both[name, key] = interval([scores[s] for s in seeds], [base[s] for s in seeds])
+    return both
+
+
 def test_the_differences_in_the_lecture_are_those_of_its_tables():
     """Each '± 95% interval' of docs/lecture.md stands, rounded, in a table of results/{lecture,evidence,lengths}/."""
-    known = {(0.007, 0.009), (0.006, 0.015)}  # deviations of train - test (below)
+    gaps = gaps_of_optimizers()
+    known = {(round(abs(mean), 3), round(deviation, 3)) for mean, deviation in gaps.values()}  # deviations
+    optimizers = ROOT / "results/lecture/optimizers/comparison.csv"
+    folders = ("lecture", "evidence", "lengths")
+    pairs = [differences(file) for name in folders for file in ROOT.glob(f"results/{name}/*/comparison.csv")]
+    for mean, half in (pair for one in (*pairs, differences(optimizers, gap=True)) for pair in one.values()):
+        known |= {(round(abs(mean), k), round(half, k)) for k in (3, 4)}
     tables = [*ROOT.glob("results/lecture/*/comparison.md"), *ROOT.glob("results/evidence/*/comparison.md")]
     tables += ROOT.glob("results/lengths/*/comparison.md")
     for file in (*tables, ROOT / "results/lengths/lengths.md"):
@@ -236,18 +266,40 @@ def test_the_differences_in_the_lecture_are_those_of_its_tables():
 
 def test_the_table_of_lengths_is_that_of_its_runs():
     table = lengths.table(lengths.read(sorted((ROOT / "results/lengths").glob("epochs-*"))))
-    told = (ROOT / "results/lengths/lengths.md").read_text(encoding="utf-8").strip().split("\n")
+    told = re.findall(r"^\|.*", (ROOT / "results/lengths/lengths.md").read_text(encoding="utf-8"), re.M)
     assert sorted(table.split("\n")) == sorted(told)
 
 
 def test_the_gap_of_train_and_test_in_the_lecture_is_that_of_its_runs():
+    text = " ".join((ROOT / "docs/lecture.md").read_text(encoding="utf-8").split())
+    for name, (mean, deviation) in gaps_of_optimizers().items():
+        assert f" {mean:.3f} ± {deviation:.3f} for {name}" in text, (name, mean, deviation)
+    apart = differences(ROOT / "results/lecture/optimizers/comparison.csv", gap=True)
+    clear = {name: pair for (name, _), pair in apart.items() if abs(pair[0]) > pair[1]}
+    assert [*clear] == ["adagrad"] and "larger by {:.3f} ± {:.3f}".format(*clear["adagrad"]) in text
+
+
+def gaps_of_optimizers():
+    """{optimizer: mean and deviation of training minus test accuracy after the last epoch}"""
     with open(ROOT / "results/lecture/optimizers/comparison.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    text = " ".join((ROOT / "docs/lecture.md").read_text(encoding="utf-8").split())
-    for name in ("sgd", "adam"):
-        gaps = [float(r["last_train_acc"]) - float(r["last_test_acc"]) for r in rows if r["variant"] == name]
-        mean, deviation = statistics.mean(gaps), statistics.stdev(gaps)
-        assert re.search(rf"{mean:.3f} ± {deviation:.3f} for {name}", text), (name, mean, deviation)
+    gaps = {}
+    for r in rows:
+        gaps.setdefault(r["variant"], []).append(float(r["last_train_acc"]) - float(r["last_test_acc"]))
+    return {name: (statistics.mean(values), statistics.stdev(values)) for name, values in gaps.items()}
+
+
+def test_two_of_the_nine_differences_from_plateau_outlast_the_correction():
+    """Holm's: the k-th smallest of m p-values must be below 0.05 / (m - k), k from 0, and all before it too."""
+    files = [ROOT / f"results/evidence/{group}/comparison.csv" for group in ("schedules", "noise", "batches")]
+    found = {}
+    for file in files:
+        for (name, key), (mean, half) in differences(file).items():
+            if key == "test_acc":
+                found[name] = 2 * stats.t.sf(abs(mean) / half * stats.t.ppf(0.975, 4), 4)  # 5 seeds
+    ranked = sorted(found, key=found.get)
+    kept = itertools.takewhile(lambda k: found[ranked[k]] < 0.05 / (len(ranked) - k), range(len(ranked)))
+    assert len(ranked) == 9 and {ranked[k] for k in kept} == {"constant", "constant, ema 0.999"}
 
 
 def test_pages_name_no_path_of_one_machine():
@@ -281,8 +333,10 @@ NOT_RUN = {
 TOY_RUN = "--epochs 1 --size 32 --lr-iters 40 --gallery 2 --no-progress".split()
 TOY_BENCHMARKS = {
     "tests.benchmarks.evidence": "--data FOLDER --epochs 1 --seeds 0 --groups noise --runs HERE/lecture --out HERE/t",
+    "tests.benchmarks.neighbour": "--models small --rounds 1 --seconds 0.5 --out HERE/neighbour.json",
     "tests.benchmarks.networks": "--epochs 1 --only small --data FOLDER --runs HERE/networks --out HERE/networks.json",
     "tests.benchmarks.speed": "--images 320 --rounds 1 --model small --out HERE/speed.json",
+    "tests.benchmarks.step": "--model small --rounds 1 --out HERE/step.json",
     "tests.benchmarks.teach": "--epochs 1 --seeds 0 --out HERE/teach",
 }
 TOLD = [path for path in PAGES if path.parent in (ROOT, ROOT / "docs")]
@@ -367,6 +421,46 @@ def test_every_command_runs_at_toy_size(line, here):
     assert done.returncode == 0 and not re.search(r"exit status [1-9]|Traceback", said), f"{argv}\n{said[-3000:]}"
 
 
+PYTHON = [
+    (path.name, i, code)
+    for path in TOLD
+    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
+    if path.name != "contributing.md"  # a part of lib/train/schedules.py
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [pytest.param(code, id=f"{name}-{i}") for name, i, code in PYTHON])
+def test_every_piece_of_python_runs(code, here, tmp_path):
+    shutil.copytree(here / "runs/x", tmp_path / "runs/x")
+    for name in ("cat.jpg", "dog.jpg", "image.png"):
+        shutil.copyfile(here / "photo.jpg", tmp_path / name)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_schedule_of_contributing_md_trains(here, tmp_path):
+    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    shutil.copyfile(ROOT / "train_fastai.py", tmp_path / "train_fastai.py")
+    added = {
+        "lib/train/schedules.py": ("\nSCHEDULES = {\n", f'\n{code}\n\nSCHEDULES = {{\n    "linear": linear,\n'),
+        "lib/config.py": ("\nSCHEDULES = (", '\nSCHEDULES = ("linear", '),
+    }
+    for name, (before, after) in added.items():
+        source = (tmp_path / name).read_text(encoding="utf-8")
+        assert source.count(before) == 1
+        (tmp_path / name).write_text(source.replace(before, after), encoding="utf-8")
+    words = [*TOY_RUN, "--epochs", 4, "--model", "small", "--lr", 0.04, "--schedule", "linear", "--name", "linear"]
+    argv = [sys.executable, "train_fastai.py", "--data", here / "photos", *words]
+    subprocess.run([*map(str, argv)], cwd=tmp_path, check=True, timeout=600)
+    with open(tmp_path / "runs/linear/results.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert len(rates) == 4 and all(a > b > 0 for a, b in itertools.pairwise(rates)) and rates[-1] < 0.02
+
+
 NUMBER = re.compile(r"(?<![\w.#^/-])[+-]?(?:0?\.\d{3,4}|1\.0000)(?![\w.])")  # an accuracy, or a difference of two
 SETTINGS = re.compile(r"--[a-z-]+(?: [\d.]+(?:e-\d)?)+")  # a flag and its values, which no run has produced
 # part of a paragraph with numbers that are in no file here -> where they come from
@@ -376,6 +470,7 @@ NO_FILE = {
     "The command above reached 0.9000": "one run of the folder that the page makes; it is not kept",
     "one image is 0.033 of accuracy": "a thirtieth",
     "comes with `--threshold 0.04`": "settings",
+    "is 0.999 in Adam and 0.99 in RMSProp": "settings of torch",
 }
 
 
@@ -390,6 +485,8 @@ def numbers_in(path):
         return set()
     text = path.read_text(encoding="utf-8")
     found = {float(n) for n in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", text)}
+    if path.name == "comparison.csv":
+        found |= {abs(x) for pair in differences(path).values() for x in pair}
     for values in re.findall(r"\[([\d\s.,e+-]+)\]", text) if path.suffix == ".json" else ():
         values = [float(v) for v in values.split(",")]
         if 1 < len(values) < 20:

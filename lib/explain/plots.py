@@ -315,7 +315,7 @@ def draw_finals(figure, finals):
             half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
             ax.errorbar(np.mean(values), i, xerr=half, fmt="|", color=colour, ms=14, mew=2, capsize=4)
     ax.set_yticks(range(len(finals)), [short(name, 26) for name in finals], parse_math=False)
-    ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy at the end:\nseeds, mean, 95% interval")
+    ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy of the kept weights:\nseeds, mean, 95% interval")
     ax.set_xlim(None, min(ax.get_xlim()[1], 1.0005))
     ax.xaxis.set_major_locator(MaxNLocator(4))  # their numbers are long
     tidy(ax)

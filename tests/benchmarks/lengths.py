@@ -18,6 +18,10 @@ from lib.compare import interval, spread
 from lib.explain import plots
 from lib.runs import write, write_figure
 
+LEGEND = """Test accuracy of the kept weights: mean ± standard deviation over n seeds. Differences are paired by seed,
+with half the width of their 95% interval.
+"""
+
 
 def read(folders):
     """All runs of the comparisons: variant, seed, epochs, test_acc, last_test_acc, train_seconds."""
@@ -69,7 +73,7 @@ def main(argv=None):
     p.add_argument("--out", default="runs/lengths", help="folder of lengths.md and lengths.png")
     args = p.parse_args(argv)
     runs = read(args.folders)
-    write(Path(args.out) / "lengths.md", table(runs) + "\n")
+    write(Path(args.out) / "lengths.md", f"{LEGEND}\n{table(runs)}\n")
     write_figure(Path(args.out) / "lengths.png", figure(runs))
     print(table(runs))
 
