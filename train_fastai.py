@@ -18,7 +18,8 @@ import time
 from lib import cli
 from lib import config as settings
 
-NO_MEMORY = "out of memory", "t allocate memory", "not enough memory", "shared memory"  # GPU, Linux, Windows, workers
+NO_MEMORY = "out of memory", "t allocate memory", "not enough memory"  # on a GPU, on Linux, on Windows
+NO_WORKERS = "shared memory", "killed by signal: Killed", "exited unexpectedly"  # of loader processes
 
 
 def main(argv=None):
@@ -30,19 +31,13 @@ def main(argv=None):
     try:
         configs = settings.variants(argv)
         if len(configs) == 1:
-            return train(configs[0])
+            return attempt(configs[0])
         from lib import compare
 
-        return compare.run(configs, train)
+        return compare.run(configs, attempt)
     except cli.OneLine as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, cli.BadInput) else 1
-    except (MemoryError, RuntimeError) as e:
-        if not (isinstance(e, MemoryError) or any(words in str(e) for words in NO_MEMORY)):
-            raise
-        remedy = "--workers 0" if "shared memory" in str(e) else "a smaller --batch-size, --size or --model"
-        print(f"error: {cli.one_line(e)}; try {remedy}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; if there is a run folder, --resume goes on with it", file=sys.stderr)
         return 130
@@ -50,6 +45,18 @@ def main(argv=None):
         gc.enable()
         gc.unfreeze()
         sys.stdout, sys.stderr = streams
+
+
+def attempt(config, tested=None):
+    """As `train`. Raises BadInput for too little memory."""
+    try:
+        return train(config, tested)
+    except (MemoryError, RuntimeError, OSError) as e:
+        workers = any(words in str(e) for words in NO_WORKERS)
+        if not (workers or isinstance(e, MemoryError) or any(words in str(e) for words in NO_MEMORY)):
+            raise
+        remedy = "--workers 0" if workers else "a smaller --batch-size, --size or --model"
+        raise cli.BadInput(f"{cli.one_line(e)}; try {remedy}") from None
 
 
 def train(config, tested=None):
@@ -73,6 +80,8 @@ def train(config, tested=None):
     with ranks.joined(computer.device):
         with ranks.first_alone():  # the first process decodes the images, the others find them
             dls = data.get_dls(config, computer.device)
+        ranks.check_same(f"the images of --data {config.data}", dls.store.fingerprint)
+        ranks.check_same("the number format of --precision auto", computer.precision)
         chosen, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, computer.precision, start))
         config = dataclasses.replace(config, **chosen)
         asked, config = config, data.without_auto(config, dls)
@@ -113,7 +122,7 @@ def begin(learn, config, run, facts, past, tested):
         evaluate.save_train_batch(learn, run)
         lr, step = config.lr, None
         if lr == "find":
-            lr, step = evaluate.same_test(run, tested) if tested else evaluate.range_test(learn, config, run)
+            lr, step = (tested and evaluate.same_test(run, tested)) or evaluate.range_test(learn, config, run)
         run.note(lr=lr)
         if not config.lr_find_only:
             seconds, line = timing.expectation(learn, config, facts["precision"], step)

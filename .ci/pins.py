@@ -46,19 +46,15 @@ dependencies:
 def update():
     """Resolves without the constraints and writes what came out as constraints."""
     path = ROOT / "pyproject.toml"
-    path.write_text(BLOCK.sub(r"\1", path.read_text()))
+    before = path.read_text()
+    path.write_text(BLOCK.sub(r"\1", before))
     (ROOT / "uv.lock").unlink(missing_ok=True)
-    command = [
-        "uv",
-        "export",
-        "--all-groups",
-        "--no-hashes",
-        "--no-annotate",
-        "--no-header",
-        "--format",
-        "requirements.txt",
-    ]
-    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = "uv export --all-groups --no-hashes --no-annotate --no-header --format requirements.txt".split()
+    try:
+        text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    except BaseException:  # without a network, for instance
+        path.write_text(before)
+        raise
     direct = {re.match(r"[\w.-]+", d)[0] for d in tomllib.loads(path.read_text())["project"]["dependencies"]}
     lines = [
         " ".join(line.split())

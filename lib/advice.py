@@ -8,6 +8,7 @@ the run, it returns None.
 import math
 from collections import Counter
 
+from lib.cli import counted
 from lib.config import ENDLESS, MODELS
 
 Z = 1.96  # standard errors on each side of a 95% interval
@@ -17,7 +18,7 @@ def wilson(share, n):
     """Both ends of the 95% interval of a share that was seen in n images (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
     z2 = Z**2 / n
     half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
-    return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
+    return max((share + z2 / 2 - half) / (1 + z2), 0.0), min((share + z2 / 2 + half) / (1 + z2), 1.0)
 
 
 def standard_error(share, n):
@@ -33,16 +34,23 @@ def look_first(run):
     return bool(kinds), found or "there are none", "Look at them first: the list below, or `doubts.csv`."
 
 
+def mixed(run):
+    """Whether training images were mixtures of two: train accuracy counts one of their two classes."""
+    return bool(run["args"]["mixup"] or run["args"]["cutmix"])
+
+
 def overfitted(run):
     """Train accuracy is more than 0.03 above the 95% interval of test accuracy."""
     args, summary = run["args"], run["summary"]
+    if mixed(run):
+        return None
     train, high = run["rows"]["train_acc"][summary["best_epoch"] - 1], wilson(summary["test_acc"], run["n"]["test"])[1]
     flags = [f"`--weight-decay {4 * args['weight_decay'] or 5e-4:g}`"]
     if args["augment"] == "none":
         flags.insert(0, "`--augment standard`")
     elif args["augment"] in ("standard", "photo") and args["cutout"] < 16:
         flags.insert(0, f"`--cutout {16 if args['cutout'] >= 8 else 8}`")
-    flags += [] if args["mixup"] or args["cutmix"] else ["`--mixup 0.4`"]
+    flags.append("`--mixup 0.4`")
     numbers = f"train {train:.4f} in the kept epoch; test {summary['test_acc']:.4f}, its interval ends at {high:.4f}"
     text = f"Make the images harder to learn by heart: {', '.join(flags)}; or more images."
     return train - high > 0.03, numbers, text
@@ -61,21 +69,25 @@ def unfinished(run):
     stopped, endless = n < run["args"]["epochs"], run["args"]["schedule"] in ENDLESS
     go_on = " (`--resume` with this folder goes on from here)" if endless and not stopped else ""
     longer = "without `--stop-after`" if stopped else f"`--epochs {2 * n}`"
-    if not last:
+    if not last or mixed(run):
         return None
     numbers = f"train {train:.4f}, {more:+.4f} in the last {last} of {n} epochs"
     return train < 0.95 and more > 0.01, numbers, f"Train longer: {longer}{go_on}."
 
 
 def too_small(run):
-    """Without `--pretrained`: train and test are below 0.9, and train rose by at most 0.01 in the last fifth."""
+    """Train and test are below 0.9, and train rose by at most 0.01 in the last fifth; under plateau, after a cut."""
     (train, more, last), model, test = rise(run), run["args"]["model"], run["summary"]["test_acc"]
     larger = [f"`--model {name}`" for name in MODELS[MODELS.index(model) + 1 :][:1]] if model in MODELS else []
-    if not last:
+    uncut = run["args"]["schedule"] == "plateau" and not run["cuts"]  # a smaller rate may be all that is missing
+    if not last or mixed(run) or uncut or run["args"]["pretrained"]:
         return None
-    numbers = f"train {train:.4f}, {more:+.4f} in the last {last} epochs; test {test:.4f}"
-    applies = max(train, test) < 0.9 and more <= 0.01 and not run["args"]["pretrained"]
-    return applies, numbers, f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}."
+    numbers = f"train {train:.4f}, {more:+.4f} in the last {counted(last, 'epoch')}; test {test:.4f}"
+    return (
+        max(train, test) < 0.9 and more <= 0.01,
+        numbers,
+        f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}.",
+    )
 
 
 def never_cut(run):
@@ -83,10 +95,11 @@ def never_cut(run):
     args, n = run["args"], len(run["rows"]["epoch"])
     patience = args["patience_epochs"]
     less = f" less patience, `--patience-epochs {patience // 2}`;" if patience else ""
-    numbers = f"{args['schedule']}, {n} epochs, patience {patience}, rate lowered {len(run['cuts'])} times"
-    if args["schedule"] != "plateau":
+    numbers = f"{args['schedule']}, {n} epochs, patience {patience}, rate lowered {counted(len(run['cuts']), 'time')}"
+    if args["schedule"] != "plateau" or n == 1:
         return None
-    text = f"Let the rate fall: more epochs, `--epochs {2 * n}`;{less} or `--schedule one_cycle`."
+    more = max(2 * n, patience + 3)  # the first epoch is the best so far, and a cut needs an epoch to act
+    text = f"Let the rate fall: more epochs, `--epochs {more}`;{less} or `--schedule one_cycle`."
     return not run["cuts"], numbers, text
 
 
@@ -96,8 +109,11 @@ def weak_class(run):
     (high, recall, name, n), sizes = min(classes), sorted(size for *_, size in classes)
     text = "Look at its mistakes above: are they labelled right, and what do the maps look at?"
     if sizes[-1] >= 1.5 * sizes[0]:  # the last lines of a run use the same limit
-        text += f" Classes have {sizes[0]:,} to {sizes[-1]:,} test images; if training is as uneven: `--class-weights`,"
-        text += " `--balanced-batches`, `--keep macro_f1`."
+        flags = {"class_weights": "`--class-weights`", "balanced_batches": "`--balanced-batches`"}
+        flags = [flag for name, flag in flags.items() if not run["args"][name]]
+        flags += ["`--keep macro_f1`"] * (run["args"]["keep"] != "macro_f1")
+        text += f" Classes have {sizes[0]:,} to {sizes[-1]:,} test images; if training is as uneven: "
+        text += f"{', '.join(flags) or 'more images of the smallest'}."
     numbers = f"{name} has recall {recall:.4f} in {n:,} images, its interval ends at {high:.4f}"
     numbers += f"; test accuracy {run['summary']['test_acc']:.4f}"
     return run["summary"]["test_acc"] - high > 0.05, numbers, text

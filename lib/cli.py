@@ -54,7 +54,7 @@ def refused(what, remedy="", errors=Exception):
     """`errors` of a library that are raised inside become the BadInput "what (error); remedy"."""
     try:
         yield
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except errors as e:
         raise BadInput(f"{what} ({one_line(e)[:500]})" + (f"; {remedy}" if remedy else "")) from None
@@ -84,9 +84,15 @@ def duration(seconds):
 
 
 def until(seconds):
-    """'until 13:40': the time in so many seconds; with the day of the week if it is not today."""
+    """'until 13:40': the time in so many seconds; with the day of the week or the date if it is not today."""
     end, now = time.localtime(time.time() + seconds), time.localtime()
-    return "until " + time.strftime("%H:%M" if end[:3] == now[:3] else "%a %H:%M", end)
+    day = "" if end[:3] == now[:3] else "%a " if seconds < 6 * 86400 else "%d %b "
+    return "until " + time.strftime(f"{day}%H:%M", end)
+
+
+def counted(n, word):
+    """'1 epoch', '2 epochs'"""
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 class Lasting:
@@ -187,11 +193,8 @@ def read_yaml(path):
 
 
 def read_json(path):
-    """The object in a JSON file that a run wrote. Raises ValueError, or OSError, where it holds anything else."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=int)  # int refuses NaN and Infinity
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+    """The object in a JSON file that a run wrote. Raises ValueError, OSError or RecursionError for anything else."""
+    content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=int)  # int refuses NaN and Infinity
     if not isinstance(content, dict):
         raise ValueError("it holds no object")
     return content

@@ -3,11 +3,10 @@
 python -m lib.compare runs/a runs/b … [--out FOLDER]        compares runs that exist
 """
 
-import csv
 import dataclasses
 import os
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,8 @@ def run(configs, train):
                 with redirect_stdout(None), suppress(BadInput):
                     report(folders[:i], folders[0].parent)  # a page of the runs so far
     if trains:
-        report(folders, folders[0].parent, configs[0].open)
+        with suppress(BadInput) if status else nullcontext():  # if none came to its end, all have said why
+            report(folders, folders[0].parent, configs[0].open)
     return status
 
 
@@ -110,14 +110,14 @@ def unfinished(config, folder):
 
 def load(folder):
     """A finished run from its folder: {folder, args, env, rows, summary}; None if it is not finished."""
-    folder, damaged = Path(folder), (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error)
-    with refused(f"{folder}: is no run folder, or damaged", errors=damaged):
+    folder = Path(folder)
+    with refused(f"{folder}: is no run folder, or damaged"):
         if not (folder / "summary.json").exists():
             return None
         args = Config(**read_file(folder / "args.yaml")).to_dict()
         env, summary = read_json(folder / "env.json"), read_json(folder / "summary.json")
-        with open(folder / "results.csv", newline="") as f:
-            rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(f)]
+        head, *lines = pages.read_table(folder / "results.csv")
+        rows = [{name: float(number) for name, number in zip(head, line, strict=True)} for line in lines]
         # read once here, so that what is missing or no number is named now
         [float(summary[name] or 0) for name in NEEDED], float(summary.get("other_load") or 0)
         summary["mistakes"], env["images"]["test"]
@@ -218,8 +218,8 @@ def verdict(first, name, mean, half, n):
     """What the paired differences in test accuracy between two variants show, in one sentence."""
     if half is None:
         return f"{name} against {first}: one common seed, which cannot tell chance from a difference ({mean:+.4f})."
-    if mean == half == 0:
-        return f"{name} equals {first} in all {n} pairs."
+    if half < 1e-9:  # without any spread, chance cannot be judged
+        return f"{name} {f'differs from {first} by {mean:+.4f}' if mean else f'equals {first}'} in all {n} pairs."
     if abs(mean) <= half:
         return f"{name} against {first}: no difference seen; n = {n} shows only those above about {half:.4f}."
     return f"{name} is {'better' if mean > 0 else 'worse'} than {first} by {abs(mean):.4f} ± {half:.4f} (n = {n})."
@@ -242,8 +242,8 @@ def table(variants):
     target = variants[first][0]["summary"]["target"]
     folds = max(run["args"]["folds"] for runs in variants.values() for run in runs)
     reached = [f"epochs to {target:g}", f"seconds to {target:g}"] if target else []
-    against = f"against {first}", f"against {first}, last"
-    rows = [["variant", "n", "test accuracy, best by valid", *["accuracy on all images"] * bool(folds),
+    against, chosen_on = (f"against {first}", f"against {first}, last"), variants[first][0]["summary"]["chosen_on"]
+    rows = [["variant", "n", f"test accuracy, best by {chosen_on}", *["accuracy on all images"] * bool(folds),
              "test accuracy, last", "valid accuracy", *reached, "seconds", *against]]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     verdicts = []
@@ -343,7 +343,7 @@ def main(argv):
             raise BadInput(f"{given}: is no run folder, and holds none")
         folders += found
     spare(args.out, "--out")
-    report(folders, Path(args.out))
+    report(folders, Path(args.out).expanduser())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ NOT_IN_RANGE_TEST = """schedule epochs keep stop_after monitor patience_epochs f
     cooldown_epochs warmup_epochs pct_start div div_final max_momentum min_momentum cycle_length cycle_mult cycle_div
     max_batch_size ema target gallery cam name out""".split()
 RESOLVED = ("threads", "precision", "size", "batch_size", "keep")  # a resumed run keeps what `auto` became
-MOST_VARIANTS, MOST_NAME = 1000, 120  # in a comparison; characters of its folder
 
 # The defaults of the settings that say None below. A source of images has its own, and so have other settings' values.
 COMMON = dict(schedule="plateau", epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25,
@@ -93,14 +92,15 @@ class Config:
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on norms and biases", low=0)
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
+    ema: float = option(None, "decay per step of the averaged weights; 0: none (0; cifar10 0.999)", low=0, high=0.99999)
     monitor: Literal[*MONITORS] = option("valid_loss", "what plateau watches")
     keep: Literal["auto", *KEEP] = option("auto", "epoch to keep; auto: valid_acc, or valid_loss if valid is small")
-    stop_after: int = option(0, "stop after so many epochs without a better --monitor; 0: never", low=0)
     patience_epochs: int | Auto = option("auto", "bad epochs that plateau forgives; auto: a tenth of all", low=0)
+    stop_after: int = option(0, "stop after so many epochs without a better --monitor; 0: never", low=0)
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "lowest learning rate of plateau", low=0)
-    threshold: float = option(None, "change that counts as better (1e-4; cifar10 0.04 with valid_loss, ema)", low=0)
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether the threshold is relative or absolute")
+    threshold: float = option(None, "change that counts as better (1e-4; cifar10 0.04 with valid_loss, ema)", low=0)
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs in which the rate rises from a quarter to all of it; 0: none", low=0)
     pct_start: float = option(None, "share of epochs before one_cycle's top (0.25; flat_cos 0.75)", low=0.01, high=0.99)
@@ -116,7 +116,6 @@ class Config:
     balanced_batches: bool = option(False, "each batch has the class proportions of the data, as far as possible")
     grad_noise: float = option(0.0, "eta of Gaussian gradient noise, variance eta / (1 + step)^0.55; 0: none", low=0)
     perturb_on_plateau: bool = option(False, "gradient noise only in the epoch after each plateau of --monitor")
-    ema: float = option(None, "decay per step of the averaged weights; 0: none (0; cifar10 0.999)", low=0, high=0.99999)
     augment: str = option("standard", "standard (crop, flip, cutout), photo, none, or FILE of albumentations' A.save")
     cutout: int = option(8, "cutout's side, in pixels of a 32-pixel side; 0: none", low=0, high=64)
     crop_padding: int = option(4, "padding of the random crop, in pixels of a 32-pixel side; 0: none", low=0, high=32)
@@ -144,7 +143,7 @@ class Config:
 
     def __post_init__(self):
         defaults = dict(COMMON)
-        for field in sorted(dataclasses.fields(self), key=lambda field: field.name == "threshold"):  # it depends on ema
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             value = check(field, defaults.get(field.name) if value is None else value)
             object.__setattr__(self, field.name, value)
@@ -152,20 +151,23 @@ class Config:
                 defaults |= IMPLIED[field.name](value) or {}
         if self.patience_epochs == "auto" != self.epochs:
             object.__setattr__(self, "patience_epochs", max(self.epochs // 10, 1))
-        of_library, epochs = self.pretrained == "torchvision", self.epochs
-        fixed = f"--epochs {epochs} (or say --epochs auto)" if epochs != "auto" else "--compile" if self.compile else ""
+        fixed = f"--epochs {self.epochs} (or --epochs auto)" if self.epochs != "auto" else "--compile" * self.compile
         not_a_folder = os.path.basename(self.name) != self.name or self.name.startswith(".")
         for wrong, text in (
             (self.perturb_on_plateau and not self.grad_noise, "perturb-on-plateau: needs --grad-noise, such as 0.01"),
             (not self.data, f"data: is empty; pass {', '.join(SOURCES)}, a folder of images, or an archive of one"),
-            (epochs == "auto" and not self.minutes, "epochs: auto needs --minutes"),
+            (self.epochs == "auto" and not self.minutes, "epochs: auto needs --minutes"),
+            (self.lr_find_only and self.lr != "find", "lr-find-only: needs --lr find"),
             (self.model == "auto" and not self.minutes, "model: auto needs --minutes"),
             (self.minutes and fixed, f"minutes: chooses the epochs by the speed of plain steps; leave out {fixed}"),
             (self.model == "auto" and self.pretrained, "pretrained: needs --model where --minutes chooses"),
+            (self.optimizer == "nesterov" and not self.momentum, "momentum: nesterov needs more than 0, or is sgd"),
+            (self.threshold_mode == "rel" and self.monitor.endswith("loss") and self.threshold >= 1,
+             f"threshold: no loss falls by a share of {self.threshold:g}; 4% is 0.04, or pass --threshold-mode abs"),
             (self.mixup and self.cutmix, "mixup, --cutmix: pass one of them, not both"),
             (self.folds == 1 or self.fold > self.folds, "folds: must be 2 or more, and --fold one of them"),
             (self.freeze_epochs and not self.pretrained, "freeze-epochs: needs --pretrained; nothing else is frozen"),
-            (of_library and self.model in MODELS,
+            (self.pretrained == "torchvision" and self.model in MODELS,
              f"pretrained: {self.model!r} has none; pass --model resnet18 or timm/NAME, or FILE"),
             (not_a_folder, f"name: must be the name of a folder, not a path or hidden, not {self.name!r}"),
         ):  # fmt: skip
@@ -283,9 +285,9 @@ def resumed(flags):
     whole = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
     if whole != run:
         raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {whole}, which goes on from last.pt")
-    faults = OSError, ValueError, TypeError, OverflowError
-    with refused(f"--resume {run}: is no run folder, or its env.json is damaged", errors=faults):
+    with refused(f"--resume {run}: is no run folder, or damaged"):
         env = read_json(run / "env.json")
+        ended = int(read_json(run / "summary.json")["epochs"]) if (run / "summary.json").exists() else math.inf
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
             raise ValueError("lr or resumed is not what a run writes")
     became = {name: env[name] for name in RESOLVED if name in env}
@@ -301,6 +303,8 @@ def resumed(flags):
         raise BadInput(f"--lr-find-only: {run} has had its range test; leave it out, or start a new run")
     if config.epochs < before.epochs or (config.epochs > before.epochs and config.schedule not in ENDLESS):
         raise BadInput(f"--epochs: {run} has {before.epochs}; only {', '.join(ENDLESS)} may have more, and none fewer")
+    if ended < before.epochs < config.epochs:
+        raise BadInput(f"--epochs: {run} stopped after epoch {ended} by --stop-after; start a new run for more")
     return config
 
 
@@ -322,8 +326,6 @@ def variants(argv=None):
     if settings.get("resume"):
         return [resumed(settings)]
     axes = {name: settings[name] for name in AXES if isinstance(settings.get(name), list) and settings[name]}
-    if math.prod(map(len, axes.values())) > MOST_VARIANTS:
-        raise BadInput(f"{', '.join(map(flag_of, axes))}: more than {MOST_VARIANTS:,} variants; name fewer values")
     configs, names = [], []
     for values in itertools.product(*axes.values()):
         config = Config(**{**settings, **dict(zip(axes, values))})
@@ -343,6 +345,6 @@ def variants(argv=None):
     if len(set(names)) < len(names):
         raise BadInput(f"{', '.join(map(flag_of, axes))}: a value is there twice")
     folder = f"{data_name(config)}-{'_vs_'.join(names)}" + f"-{config.folds}-folds" * (config.folds > 0)
-    if len(folder) > MOST_NAME:  # two lists that begin alike must not share a folder
-        folder = f"{folder[: MOST_NAME - 9]}-{zlib.crc32(folder.encode()):08x}"
+    if len(folder) > 120:  # two lists that begin alike must not share a folder
+        folder = f"{folder[:111]}-{zlib.crc32(folder.encode()):08x}"
     return [dataclasses.replace(c, out=os.path.join(c.out, config.name or folder)) for c in configs]

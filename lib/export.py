@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import noop
 
-from lib.cli import BadInput, Parser, command
+from lib.cli import BadInput, Parser, command, refused
 from lib.config import Config, read_args
 from lib.data.folders import find_images
 from lib.data.sources import root_folder
@@ -41,10 +41,10 @@ def onnx(predict, run=None):
     """
     import torch
 
-    try:
+    needed = "--to onnx: needs onnxscript and onnxruntime", "uv run --extra onnx … installs the two"
+    with refused(*needed, ImportError):
+        import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx works on it)
-    except ImportError:
-        raise BadInput("--to onnx: needs onnxscript and onnxruntime; uv run --extra onnx … installs the two") from None
 
     class FromPixels(torch.nn.Module):
         def __init__(self):
@@ -65,10 +65,6 @@ def onnx(predict, run=None):
     content = program.model_proto.SerializeToString()
     seen = examples(predict, run) if run else None
     images, what = (images, "noise, as its data is gone") if seen is None else (torch.from_numpy(seen), "valid images")
-    try:
-        import onnxruntime
-    except ImportError:
-        return content, "not checked: onnxruntime is not installed"
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         apart = float(np.abs(session.run(None, {"images": images.numpy()})[0] - model(images).numpy()).max())

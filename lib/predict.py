@@ -8,14 +8,13 @@ predict = load("runs/x")                            # or load("runs/x", tta=True
 classes, probabilities = predict(["cat.jpg", "dog.jpg"])
 """
 
-import csv
 import mimetypes
 import os
 import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ from PIL import Image
 from lib.cli import BadInput, Parser, command, printable, refused
 from lib.data.decode import EXTENSIONS, batch_size, centre, read
 from lib.data.folders import LINKS, OTHERS, UNREAD, images_in
-from lib.runs import write_table
+from lib.runs import as_csv, write_table
 
 COLUMNS = ("file", "prediction", "probability")
 HOW = "; with uv run --extra heif … HEIC too"
@@ -140,6 +139,8 @@ def inside(folder, complain):
     """The images in a folder, as `find` takes them."""
     passed = defaultdict(list)
     found = images_in(folder, passed) + [Path(p) for p in passed[LINKS] if os.path.isfile(p)]
+    for p in sorted(p for p in passed[LINKS] if not os.path.isfile(p)):
+        complain(f"{p}: is passed over; links to folders, broken links and devices are not read")
     for p in sorted(passed[UNREAD] + passed[OTHERS]):
         known = p in passed[UNREAD] or os.path.splitext(p)[1].lower() in Image.registered_extensions()
         if known or (mimetypes.guess_type(p)[0] or "").startswith("image/"):  # not every system has its list
@@ -210,10 +211,9 @@ def main(argv):
     if folder:
         with refused(f"--explain {folder}: cannot be made", errors=OSError):
             folder.mkdir(parents=True, exist_ok=True)
-    shown, table = printable if sys.stdout.isatty() else str, csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(COLUMNS)
-    for row in rows(predict, files, complain, folder):
-        table.writerow(map(shown, row))
+    shown = printable if sys.stdout.isatty() else str
+    for row in chain([COLUMNS], rows(predict, files, complain, folder)):
+        sys.stdout.write(as_csv([[*map(shown, row)]]))
         sys.stdout.flush()
     return 2 if faults else 0
 

@@ -18,16 +18,13 @@ import statistics
 import sys
 import webbrowser
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
-import yaml
-
 from lib import runs
 from lib.advice import advice, wilson
-from lib.cli import BadInput, Parser, command, duration, printable, read_json, read_yaml, refused
-from lib.config import FIELDS, Config, flag_of
+from lib.cli import BadInput, Parser, command, counted, duration, printable, read_json, read_yaml, refused
+from lib.config import FIELDS, MOMENTUM, Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
@@ -39,9 +36,6 @@ LEFT_OUT = ("choices", "classes", "ended", "images", "lr_suggestions", "resumed"
 OVERALL = ("macro_f1", "balanced_acc", "calibration_error")  # of summary.json: what the page says in words
 CURVES = ("test_acc", "test_loss", "lr")  # of a comparison
 DISTURBED = 0.25  # if other programs used more cores than this, the seconds of the run are marked
-# what a reader of damaged files meets
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error,
-           yaml.YAMLError)  # fmt: skip
 MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
 
 
@@ -76,8 +70,7 @@ def command_line(args, env):
     words, given = ["uv", "run", *timm, "train_fastai.py"], {}
     try:
         config = Config(**{k: v for k, v in args.items() if k not in NO_EFFECT}).to_dict()
-        for name in sorted(config, key=lambda name: name == "threshold"):  # whose default depends on settings after it
-            value = config[name]
+        for name, value in config.items():
             if value == Config(**given).to_dict()[name]:
                 continue
             given[name] = value
@@ -142,17 +135,20 @@ def settings(args, env):
     """The settings that matter most, as [fact, value]."""
     sets = ", ".join(f"{n:,} {name}" for name, n in env["images"].items())
     source = f"found by the range test, rule {args['lr_suggest']}" if args["lr"] == "find" else "as given"
+    cycle = f"{args['max_momentum']:g} to {args['min_momentum']:g} and back"
+    momentum = f", momentum {cycle if args['schedule'] == 'one_cycle' else format(args['momentum'], 'g')}"
+    momentum = momentum if args["optimizer"] in MOMENTUM else ""
     device = f" ({env['device_name']})" if env["device_name"] != env["device"] else ""
     plans = ", or ".join(f"{name} for {epochs} epochs" for name, (epochs, _) in env.get("choices", {}).items())
     return [
         ["data", f"{args['data']}: {sets}; {len(env['classes'])} classes, {env['size']} x {env['size']} pixels"],
         ["network", f"{args['model']}, {env['params']:,} parameters"],
         ["learning rate", f"{env['lr']:.4g} ({source}), {args['schedule']}" if "lr" in env else args["schedule"]],
-        ["optimizer", f"{args['optimizer']}, momentum {args['momentum']:g}, weight decay {args['weight_decay']:g}"],
-        ["batches, epochs", f"{env.get('batch_size', args['batch_size'])} images, {args['epochs']} epochs"],
+        ["optimizer", f"{args['optimizer']}{momentum}, weight decay {args['weight_decay']:g}"],
+        ["batches, epochs", f"{env.get('batch_size', args['batch_size'])} images, {counted(args['epochs'], 'epoch')}"],
         *([["chosen for", f"{env['minutes']:g} minutes: {plans}"]] if plans else []),
         ["seed", " ".join(map(str, args["seeds"]))],
-        ["computed on", f"{env['device']}{device}, {env['precision']}, {env['threads']} threads"],
+        ["computed on", f"{env['device']}{device}, {env['precision']}, {counted(env['threads'], 'thread')}"],
     ]
 
 
@@ -270,7 +266,7 @@ def band(group, column):
     Of rates the mean is geometric and the deviation a factor, as on the logarithmic axis that shows them.
     """
     to, back = (math.log, math.exp) if column == "lr" else (float, float)
-    epochs = zip_longest(*[run.get(column, []) for run in group])
+    epochs = zip(*[run[column] for run in group if run.get(column)])  # they end with the run that ends first
     epochs = [[to(v) for v in epoch if v is not None and (v > 0 or column != "lr")] for epoch in epochs]
     ends = lambda v: [m := statistics.fmean(v), m - (s := statistics.stdev(v) if len(v) > 1 else 0), m + s]
     return [[number(back(x)) for x in ends(v)] if v else [None] * 3 for v in epochs]
@@ -295,7 +291,7 @@ def write(folder, live=False, show=False):
     is_comparison, file = (folder / "comparison.csv").exists(), folder / "report.html"
     if not is_comparison and not (folder / "env.json").exists():
         raise BadInput(f"{folder}: is no run folder and no comparison")
-    with refused(f"{folder}: its files are damaged, or missing", "start a new run", DAMAGED):
+    with refused(f"{folder}: its files are damaged, or missing", "start a new run"):
         content = page(of_comparison(folder) if is_comparison else of_run(folder, live))
     runs.write(file, content)
     if show:
@@ -322,7 +318,7 @@ def main(argv):
     p.add_argument("--open", action="store_true", help="open it in the browser")
     args = p.parse_args(argv)
     for folder in args.folders:
-        print(printable(write(folder, show=args.open)))
+        print(printable(write(folder, live=runs.in_use(Path(folder)), show=args.open)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from lib.cli import BadInput, one_line, printable, read_json, refused
+from lib.cli import BadInput, counted, one_line, printable, read_json, refused
 from lib.config import FEW_VALID, RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
@@ -70,11 +70,15 @@ def write_json(path, value):
 
 def write_table(path, header, rows):
     """Writes a header and lists of values as CSV."""
-    rows, text = [header, *rows], io.StringIO()
-    alone = any("\r" in str(value) for row in rows for value in row)  # which Python 3.11 leaves without quotes
-    quoting = csv.QUOTE_ALL if alone else csv.QUOTE_MINIMAL
+    write(path, as_csv([header, *rows]))
+
+
+def as_csv(rows):
+    """Lists of values as CSV."""
+    text, alone = io.StringIO(), any("\r" in str(value) for row in rows for value in row)
+    quoting = csv.QUOTE_ALL if alone else csv.QUOTE_MINIMAL  # Python 3.11 leaves a lone \r without quotes
     csv.writer(text, lineterminator="\n", quoting=quoting).writerows(rows)
-    write(path, text.getvalue())
+    return text.getvalue()
 
 
 def write_csv(path, rows, columns=None):
@@ -117,17 +121,27 @@ def whole_folder(path, pick=lambda part: part):
 def locked(folder):
     """The lock file of a run folder, locked until it is closed. Raises BadInput where another process has it.
 
-    A lock of POSIX is this process's alone: loader processes do not inherit it, and it ends with the process.
+    A lock of POSIX is this process's alone: loader processes do not inherit it, and it ends with the process. Windows
+    has none, and would not rename a folder with an open file.
     """
     file = None
     try:
-        file = open(folder / ".lock", "w")
-        if fcntl:
+        file = open(folder / ".lock", "w") if fcntl else None
+        if file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN) and file:
             raise BadInput(f"{folder}: another process trains in it; wait for its end, or stop it") from None
     return file  # None where nothing can be written, which the next file says; without effect on disks without locks
+
+
+def in_use(folder):
+    """Whether another process trains in a run folder."""
+    try:
+        lock = locked(folder) if (folder / ".lock").exists() else None
+    except BadInput:
+        return True
+    return bool(lock and lock.close())
 
 
 class Run:
@@ -228,10 +242,10 @@ def start(config, **facts):
     fold = f"-f{config.fold}" if config.fold else ""
     name = config.name or f"{data_name(config)}-{config.schedule}{optimizer}-s{config.seed}{fold}"
     out = Path(config.out).expanduser()
-    try:
+    with refused(f"--out {config.out}: cannot be written", "pass another folder", OSError):
         out.mkdir(parents=True, exist_ok=True)
         check_out(config, ROOM + ROOM_A_WEIGHT * facts.get("params", 0))
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f".{name[:40]}-", dir=out) as temporary:
             run = Run(Path(temporary) / name, config, {**environment(), **facts})
             for free in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
                 try:
@@ -241,8 +255,6 @@ def start(config, **facts):
                 except OSError:
                     if not os.path.lexists(out / free):  # otherwise another process was quicker
                         raise
-    except OSError as e:
-        raise BadInput(f"--out {config.out}: cannot be written ({e.strerror}); pass another folder") from None
 
 
 def reopen(config, **facts):
@@ -257,16 +269,14 @@ def reopen(config, **facts):
     of_data = {name: fact for name, fact in facts.items() if name not in (*OF_MACHINE, "device_name")}
     env = {**facts, **now, **env, **of_data, "ended": "", "resumed": [*env.get("resumed", []), now]}
     lock = locked(path)
-    try:
+    with refused(f"{path}: cannot be written to", "make it writable", OSError):
         (path / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written to ({e.strerror}); make it writable") from None
     return Run(path, config, env, lock, **{name: asked[name] for name in (*RESOLVED, "augment") if name in asked})
 
 
 def read_card(path):
     """The content of a weights/model.json. Raises BadInput where it is damaged."""
-    with refused(f"{path}: is damaged", errors=(OSError, ValueError, KeyError, TypeError, OverflowError)):
+    with refused(f"{path}: is damaged"):
         card = read_json(path)
         classes, size, numbers = card["classes"], card["size"], [*card["mean"], *card["std"]]
         named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -316,11 +326,11 @@ def banner(config, facts, where):
         few += f"error of an accuracy of 0.5 is {0.5 / math.sqrt(n):.3f}; the weights are kept by {facts['keep']}"
     names = printable(", ".join(name[:30] for name in classes[:5]) + (", …" if classes[5:] else ""))
     return (
-        f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {facts['threads']} threads, "
-        f"{facts['workers']} workers\n"
+        f"{facts['device']} ({facts['device_name']}), {facts['precision']}, {counted(facts['threads'], 'thread')}, "
+        f"{counted(facts['workers'], 'worker')}\n"
         f"{config.data}: {images}; {len(classes)} classes ({names}), {side} x {side} pixels\n"
         f"sets: {printable(facts['sets'])}{few}\n"
-        f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {config.epochs} epochs, "
+        f"{config.model}: {facts['params']:,} parameters; {config.schedule}, {counted(config.epochs, 'epoch')}, "
         f"batches of {config.batch_size}, seed {config.seed}\n-> {where}"
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.cli import BadInput
+from lib.cli import BadInput, refused
 from lib.runs import data_uri
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -74,10 +74,8 @@ def serve(predict, name, port):
     """Shows the page on `port` of this machine until Ctrl-C. Raises BadInput where the port is taken."""
     import uvicorn
 
-    try:
+    with refused(f"--serve {port}: cannot be used", "pass another port", (OSError, OverflowError)):
         listener = socket.create_server(("127.0.0.1", port))
-    except (OSError, OverflowError) as e:
-        raise BadInput(f"--serve {port}: cannot be used ({getattr(e, 'strerror', e)}); pass another port") from None
     with listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]} shows {name}; Ctrl-C ends it", flush=True)
         uvicorn.Server(uvicorn.Config(app(predict, name), log_level="warning")).run(sockets=[listener])

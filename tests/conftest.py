@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import math
 import os
@@ -14,7 +15,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers of the tests are here
 os.environ["MPLBACKEND"] = "agg"  # a notebook's terminal hands on its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, a thread each
-if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in " ".join(sys.argv):
+if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in " ".join(sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for a CPU; those for a GPU are pytest -m cuda
 
 import numpy as np
@@ -49,6 +50,8 @@ def threads(monkeypatch):
     """As many threads in every test, whatever a run in the one before asked for, and whoever else is busy."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     monkeypatch.setattr(sharing, "WINDOW", math.inf)
+    if sys.platform == "darwin":  # a Mac's tests are those of a CPU
+        monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +126,8 @@ def refused(tmp_path, capfd, recwarn):
         assert main([*map(str, SMALL), "--out", str(tmp_path / "runs"), *map(str, argv)]) == 2
         err = capfd.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and err[:-1].isprintable(), err
-        assert not [p for p in set(tmp_path.rglob("*")) - before if p.name != "runs" and "cache" not in p.parts]
+        made = {p.relative_to(tmp_path) for p in set(tmp_path.rglob("*")) - before}
+        assert not [p for p in made if p.name != "runs" and "cache" not in p.parts]
         told = [w for w in recwarn if "PIL" not in w.filename and w.category is not ResourceWarning]  # PIL's go nowhere
         assert [str(w.message) for w in told] == []
         return err
@@ -201,6 +205,8 @@ def on_ranks(n, job, path):
                 out = os.open(path / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(out, 1), os.dup2(out, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+                loop = "lo0" if sys.platform == "darwin" else "lo"
+                os.environ["GLOO_SOCKET_IFNAME"] = loop  # the machine's own name may lead nowhere
                 os.environ.update(zip(machine.TORCHRUN, (str(rank), str(n), str(rank), str(n), "127.0.0.1", port)))
                 torch.set_num_threads(1)  # the threads of the parent are not there
                 status = job(rank) or 0
@@ -210,7 +216,7 @@ def on_ranks(n, job, path):
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
         children.append(child)
-    statuses, ends = {}, time.monotonic() + 120  # gloo itself waits for hours
+    statuses, ends = {}, time.monotonic() + 300  # gloo itself waits for hours
     while len(statuses) < n:
         for child in set(children) - set(statuses):
             if time.monotonic() > ends:

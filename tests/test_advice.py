@@ -63,10 +63,23 @@ def test_train_far_above_test():
     assert not told(advice.overfitted, train=[0.9733], test=0.9028, n=(100, 100))[0]  # within chance
     for settings, wanted in (
         (dict(augment="none"), "`--augment standard`"),
-        (dict(cutout=0, mixup=0.4), "`--cutout 8`, `--weight-decay 0.002`;"),
+        (dict(cutout=0), "`--cutout 8`, `--weight-decay 0.002`, `--mixup 0.4`;"),
         (dict(cutout=16, weight_decay=0.0), ": `--weight-decay 0.0005`"),
     ):
         assert wanted in told(advice.overfitted, **settings)[1]
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_accuracy_on_mixtures_says_nothing(mix):
+    """It counts one of the two classes of an image."""
+    for rule in (advice.overfitted, advice.unfinished, advice.too_small):
+        assert rule(run(train=[0.5, 0.5], test=0.6)) and rule(run(train=[0.5, 0.5], test=0.6, **{mix: 1.0})) is None
+
+
+@pytest.mark.parametrize("n", [15, 30, 59, 1000])
+def test_an_interval_stays_between_0_and_1(n):
+    (low, high), (other, most) = advice.wilson(0, n), advice.wilson(1, n)
+    assert low == 0 < high < 1 and 0 < other < 1 == most and f"{low:.4f}" == "0.0000"
 
 
 def test_train_low_and_rising():
@@ -90,12 +103,17 @@ def test_train_low_and_still():
     assert not told(advice.too_small, train=[0.5, 0.6, 0.7], test=0.6)[0]  # it rises
     assert not told(advice.too_small, train=[0.5, 0.6, 0.6], test=0.95)[0]  # augmentation alone makes train low
     assert advice.too_small(run(train=[0.5], test=0.5)) is None
+    assert advice.too_small(run(**still, cuts=[])) is None  # a smaller rate may be all that is missing
 
 
 def test_a_plateau_that_never_came():
     applies, text = told(advice.never_cut, cuts=[], patience_epochs=5)
     assert applies and "patience 5, rate lowered 0 times" in text
-    assert "`--epochs 8`; less patience, `--patience-epochs 2`;" in text
+    assert (
+        "`--epochs 8`; less patience, `--patience-epochs 2`;" in text
+        and "`--epochs 12`" in told(advice.never_cut, cuts=[], patience_epochs=9)[1]
+    )
+    assert advice.never_cut(run(train=[0.5], cuts=[])) is None
     assert "--patience-epochs" not in told(advice.never_cut, cuts=[], patience_epochs=0)[1]
     assert not told(advice.never_cut)[0] and advice.never_cut(run(cuts=[], schedule="one_cycle")) is None
 
@@ -108,6 +126,9 @@ def test_a_class_far_below():
     )
     assert "--class-weights" not in text
     assert "Classes have 500 to 1,000 test images" in told(advice.weak_class, **one(400, 500))[1]
+    all_on = dict(class_weights=True, balanced_batches=True, keep="macro_f1")
+    assert "uneven: more images of the smallest." in told(advice.weak_class, **one(400, 500), **all_on)[1]
+    assert "uneven: `--keep macro_f1`." in told(advice.weak_class, **one(400, 500), **{**all_on, "keep": "auto"})[1]
     assert not told(advice.weak_class, **one(900, 1000))[0]
     assert not told(advice.weak_class, **one(16, 20))[0]  # within chance
 

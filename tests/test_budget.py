@@ -100,7 +100,7 @@ def test_a_damaged_table_is_one_line(monkeypatch, tmp_path, text):
     "options, text",
     [
         (["--epochs", "3"], "--minutes: chooses the epochs by the speed of plain steps; leave out --epochs 3"),
-        (["--smoke"], "leave out --epochs 2 (or say --epochs auto)"),
+        (["--smoke"], "leave out --epochs 2 (or --epochs auto)"),
         (["--compile"], "leave out --compile"),
         (["--model", "alexnet"], "--model: does not take images of 32 pixels"),
         (["--model", "medium", "-b", "1", "--size", "16"], "--batch-size"),

@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import compare, config, train
+from lib import compare, config, runs, train
 from lib.cli import BadInput
+from lib.explain import evaluate, plots
 from lib.train import lr_range, progress, recorder
 from tests.conftest import SMALL, fingerprint
 from train_fastai import main
@@ -168,7 +170,13 @@ def test_runs_of_two_sizes_saw_the_same_images(pair):
 
 def test_epochs_to_the_target_are_whole_for_one_run_and_a_mean_for_more():
     scores = dict(
-        test_acc=0.9, last_test_acc=0.9, valid_acc=0.9, seconds_to_target=60.0, train_seconds=90.0, target=0.88
+        test_acc=0.9,
+        last_test_acc=0.9,
+        valid_acc=0.9,
+        seconds_to_target=60.0,
+        train_seconds=90.0,
+        target=0.88,
+        chosen_on="valid",
     )
     args = lambda seed: {"seeds": [seed], "folds": 0, "fold": 0}
     run = lambda seed, epochs: {"args": args(seed), "summary": {**scores, "epochs_to_target": epochs}}
@@ -178,7 +186,11 @@ def test_epochs_to_the_target_are_whole_for_one_run_and_a_mean_for_more():
 
 
 def test_seconds_of_a_run_that_was_disturbed_are_marked():
-    summary = dict.fromkeys(("test_acc", "last_test_acc", "valid_acc"), 0.9) | {"train_seconds": 90.0, "target": 0}
+    summary = dict.fromkeys(("test_acc", "last_test_acc", "valid_acc"), 0.9) | {
+        "train_seconds": 90.0,
+        "target": 0,
+        "chosen_on": "valid",
+    }
     run = lambda seed, **more: {"args": {"seeds": [seed], "folds": 0, "fold": 0}, "summary": summary | more}
     for load, mark in ((0.3, " *"), (0.2, ""), (None, "")):
         assert f"| 90 ± 0{mark} |" in compare.table({"x": [run(0), run(1, other_load=load)]})[0]
@@ -256,7 +268,12 @@ def test_intervals_are_students(pairs):
 
 def test_intervals_over_folds_allow_for_shared_images():
     """A fifth of the images is test: the variance of the mean is (1 / 5 + 1 / 4) of the folds' (Nadeau & Bengio)."""
-    summary = dict.fromkeys(("last_test_acc", "valid_acc"), 0.9) | {"train_seconds": 90.0, "target": 0, "mistakes": 1}
+    summary = dict.fromkeys(("last_test_acc", "valid_acc"), 0.9) | {
+        "train_seconds": 90.0,
+        "target": 0,
+        "mistakes": 1,
+        "chosen_on": "valid",
+    }
     rng, env = np.random.default_rng(0), {"images": {"test": 10}}
     accs = rng.uniform(0.8, 0.9, (2, 5, 3))  # variant, fold, seed
     args = lambda seed, fold: {"seeds": [seed], "folds": 5, "fold": fold + 1}
@@ -269,7 +286,12 @@ def test_intervals_over_folds_allow_for_shared_images():
 
 
 def test_seeds_of_one_fold_are_pairs_as_without_folds():
-    summary = dict.fromkeys(("last_test_acc", "valid_acc"), 0.9) | {"train_seconds": 90.0, "target": 0, "mistakes": 1}
+    summary = dict.fromkeys(("last_test_acc", "valid_acc"), 0.9) | {
+        "train_seconds": 90.0,
+        "target": 0,
+        "mistakes": 1,
+        "chosen_on": "valid",
+    }
     run = lambda seed, acc: {
         "args": {"seeds": [seed], "folds": 5, "fold": 2}, "env": {"images": {"test": 10}},
         "summary": {**summary, "test_acc": acc},
@@ -282,8 +304,9 @@ def test_seeds_of_one_fold_are_pairs_as_without_folds():
 
 def test_equal_and_single_scores_have_a_sentence(recwarn):
     assert compare.verdict("x", "y", *compare.interval([0.5, 0.7], [0.5, 0.7]), 2) == "y equals x in all 2 pairs."
-    mean, half = compare.interval([0.75, 0.5], [0.5, 0.25])  # always as much better: no width
-    assert (mean, half) == (0.25, 0) and "y is better than x by 0.2500" in compare.verdict("x", "y", mean, half, 2)
+    mean, half = compare.interval([0.75, 0.5], [0.5, 0.25])  # as many images in each pair, as happens with few images
+    said = compare.verdict("x", "y", mean, half, 2)
+    assert (mean, half) == (0.25, 0) and said == "y differs from x by +0.2500 in all 2 pairs."
     assert compare.interval([0.75], [0.5]) == (0.25, None) and not recwarn.list
 
 
@@ -305,6 +328,45 @@ def test_bad_input_of_one_variant_does_not_stop_the_others(tmp_path, capsys):
     ran, configs = [], config.variants(["--schedule", "plateau", "one_cycle", "--out", str(tmp_path), "--lr-find-only"])
     assert compare.run(configs, train) == 2 and ran == ["plateau-s0", "one_cycle-s0"]
     assert "error: plateau-s0: no fall" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_one_variant_does_not_stop_the_others(bands, tmp_path, monkeypatch, capsys):
+    def train(config, tested=None):
+        ran.append(config.name)
+        if config.schedule == "plateau":
+            raise MemoryError
+        return 0
+
+    ran = []
+    monkeypatch.setattr("train_fastai.train", train)
+    options = ["--data", str(bands), "--schedule", "plateau", "one_cycle", "--out", str(tmp_path), "--lr-find-only"]
+    assert main(options) == 2 and ran == ["plateau-s0", "one_cycle-s0"]
+    assert "error: plateau-s0: MemoryError" in capsys.readouterr().err
+
+
+def test_a_comparison_of_which_every_run_diverges_has_that_status(bands, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_fastai.train", lambda config, tested=None: 3)
+    assert main(["--data", str(bands), "--schedule", "plateau", "one_cycle", "--out", str(tmp_path)]) == 3
+
+
+def test_curves_end_with_the_run_that_ends_first():
+    """Else their seconds would run backwards, and few runs would look like all."""
+    points = [(1, 10, 0.5), (2, 20, 0.6), (3, 30, 0.7), (1, 4, 0.3), (2, 8, 0.4)]
+    epochs, seconds, mean, _, n = plots.means(points)
+    assert epochs.tolist() == [1, 2] and seconds.tolist() == [7, 14] and mean == pytest.approx([0.4, 0.5]) and n == 2
+
+
+def test_a_range_test_of_other_images_is_not_taken(tmp_path):
+    for name, images in (("a", "x"), ("b", "y"), ("c", "x")):
+        runs.write(tmp_path / name / "lr_find.csv", "")
+        runs.write(tmp_path / name / "lr_find.png", "")
+        runs.write_json(tmp_path / name / "env.json", dict(data_fingerprint=images, lr=0.5, lr_suggestions={}))
+
+    class New(SimpleNamespace):
+        __truediv__ = lambda self, name: tmp_path / "new" / name
+
+    run = New(env={"data_fingerprint": "x"}, note=lambda **facts: None)
+    assert evaluate.same_test(run, tmp_path / "b") is None and evaluate.same_test(run, tmp_path / "c")[0] == 0.5
 
 
 def test_range_tests_alone_are_left_as_they_are_and_training_finds_the_same(bands, tmp_path, capsys):

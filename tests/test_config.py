@@ -3,6 +3,8 @@ import resource
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from lib.data import sources
 from lib.models import zoo
 from lib.train import lr_range, schedules
 from train_fastai import main
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_no_option_is_the_assignment():
@@ -31,7 +35,7 @@ def test_help_needs_no_torch_and_is_quick():
     cpu, times = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), []
     for _ in range(3):
         start = cpu()  # seconds of work: other tests keep the cores busy
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         times.append(cpu() - start)
         assert done.returncode == 0 and "--patience-epochs" in done.stdout
     assert min(times) < 0.5
@@ -157,6 +161,24 @@ def test_a_gpu_that_torch_cannot_use_is_left_out(monkeypatch, capsys):
     assert machine.environment()["gpus"] == []
 
 
+def test_a_gpu_that_torch_can_use_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "computes", lambda gpu: gpu == "cuda:0")
+    assert machine.pick_device(Config()) == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("schedule", config.SCHEDULES)
+def test_more_epochs_are_for_schedules_that_need_no_number_of_them(schedule, tmp_path):
+    (tmp_path / "args.yaml").write_text(f"data: digits\nepochs: 3\nschedule: {schedule}\n")
+    (tmp_path / "env.json").write_text("{}")
+    resume = lambda epochs: config.parse(["--resume", str(tmp_path), "--epochs", epochs]).epochs
+    assert resume("3") == 3
+    with nullcontext() if schedule in config.ENDLESS else pytest.raises(cli.BadInput, match="may have more"):
+        assert resume("9") == 9
+    with pytest.raises(cli.BadInput, match="none fewer"):
+        resume("2")
+
+
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")
 @pytest.mark.parametrize("free, workers", [(64, 4), (1000, 8), (10, 0), (0, 0)])
 def test_as_many_workers_as_their_shared_memory_holds(free, workers, monkeypatch):
@@ -166,12 +188,16 @@ def test_as_many_workers_as_their_shared_memory_holds(free, workers, monkeypatch
     assert machine.useful_workers(torch.device("cpu"), 128 * 3 * 128**2) == 0
 
 
-def test_the_machine_is_made_as_the_settings_say():
-    found = machine.prepare(config.Config(data="digits", seeds=7, threads=1, device="cpu", precision="bf16"))
-    assert (str(found.device), found.precision, found.threads) == ("cpu", "bf16", 1)
+def test_the_machine_is_made_as_the_settings_say(monkeypatch):
+    asked = config.Config(data="digits", seeds=7, threads=2, device="cpu", precision="bf16")
+    with monkeypatch.context() as m:
+        kept = []
+        m.setattr(machine, "keep_memory", lambda: kept.append("memory"))
+        found = machine.prepare(asked)
+    assert (str(found.device), found.precision, found.threads, kept) == ("cpu", "bf16", 2, ["memory"])
     first = torch.rand(2)
     torch.manual_seed(7)
-    assert torch.get_num_threads() == 1 and torch.equal(first, torch.rand(2))
+    assert torch.get_num_threads() == 2 and torch.equal(first, torch.rand(2))
     with pytest.raises(cli.BadInput, match="--precision: fp16 needs"):
         machine.prepare(config.Config(data="digits", device="cpu", precision="fp16"))
 

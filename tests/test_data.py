@@ -19,7 +19,7 @@ from fastai.torch_core import TensorImage
 from PIL import Image
 
 from lib.cli import BadInput
-from lib.data import decode, folders, loader
+from lib.data import decode, folders, loader, sources
 from tests.conftest import SMALL, picture, save
 from train_fastai import main
 
@@ -184,6 +184,16 @@ def test_no_network_is_one_line_that_says_what_to_pass(tmp_path, monkeypatch, ca
         fastai_cfg.cache_clear()
     err = capsys.readouterr().err
     assert "--data digits" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_a_known_name_is_not_taken_and_that_is_said(tmp_path, monkeypatch, parse, capsys):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sources.root_folder(parse("--data", "digits", "--cache", tmp_path / "cache")) == tmp_path / "cache/digits"
+    assert "for the folder digits/ here, pass ./digits" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "cache")
+    sources.root_folder(parse("--data", "digits", "--cache", tmp_path / "cache"))
+    assert capsys.readouterr().out == ""
 
 
 def test_digits_are_scikit_learns(parse):

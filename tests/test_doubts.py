@@ -126,6 +126,18 @@ def test_pairs_are_those_of_a_search_through_all(monkeypatch):
     assert len(doubts.pairs(hashes, thumbnails)) == len(found) - 1
 
 
+def test_small_things_on_a_plain_ground_are_no_copies(tmp_path):
+    """As under a microscope: a few bright discs on black, each image with its own."""
+    rng, images = np.random.default_rng(0), np.zeros((200, 96, 96, 3), np.uint8)
+    for i, image in enumerate(images):
+        for _ in range(i % 3 + 1):
+            cv2.circle(image, tuple(map(int, rng.integers(8, 88, 2))), int(rng.integers(4, 9)), (255, 255, 255), -1)
+    hashes, thumbnails = doubts.prints(images, range(200))
+    assert len(doubts.pairs(hashes, thumbnails)) < 20  # some lie by chance in nearly the same place
+    thumbnails[1], hashes[1] = thumbnails[0] + 1, hashes[0]
+    assert [0, 1] in doubts.pairs(hashes, thumbnails).tolist()
+
+
 def test_a_run_and_a_dry_run_say_it_and_the_run_writes_it(folder, tmp_path, capsys):
     shutil.copy(folder / "train/a/03.png", folder / "test/a/copy.png")
     argv = ["--data", folder, *OPTIONS, "--gallery", 0, "--out", tmp_path / "runs", "--name", "x"]

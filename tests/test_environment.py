@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -67,7 +68,10 @@ def test_pairs_that_resolvers_do_not_tie_fit():
 
 
 def test_nothing_names_a_download_host():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = listed or pytest.skip("git lists no files here")
     assert "uv.lock" not in tracked
     hosts = re.compile("|".join(("py" + r"pi\.org", "python" + "hosted", "npm" + r"js\.org")))
     assert not [

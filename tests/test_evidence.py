@@ -54,11 +54,11 @@ def test_the_grid_goes_on_until_its_best_rate_is_inside(options, monkeypatch, be
 
 def test_best_rates_are_compared_with_each_other(options, monkeypatch):
     monkeypatch.setattr(evidence, "best_rate", lambda options, name, words: 0.03)
-    plain, best = evidence.tables(options, "optimizers").items()
+    plain, best = evidence.tables(options, "optimizers")
     assert plain[0] == "optimizers" and best[0] == "optimizers-best-rates"
     assert list(best[1]) == [f"{name} at 0.03" for name in plain[1]]
     assert best[1]["adam at 0.03"] == ["--optimizer", "adam", "--lr", "0.03"]
-    assert list(evidence.tables(options, "noise")) == ["noise"]
+    assert [table for table, _ in evidence.tables(options, "noise")] == ["noise"]
 
 
 def test_what_is_finished_is_not_run_again_and_must_be_the_same(options):

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import fastai.callback
 import matplotlib
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.tracker import ReduceLROnPlateau as FastaisReduceLROnPlateau
+from fastai.learner import AvgSmoothLoss
 from fastai.vision.all import (
     ActivationStats,
     Adam,
@@ -74,6 +76,7 @@ from matplotlib import pyplot
 from sklearn.metrics import f1_score
 
 from lib import models
+from lib.cli import BadInput
 from lib.data import AlbumentationsTransform, get_dls
 from lib.train import SGDLearner
 from lib.train.averaging import EMA
@@ -232,6 +235,34 @@ def test_nothing_of_another_run_is_loaded(learner, tmp_path):
     assert learn.model.head.weight.isnan().all()
     with pytest.raises(Diverged):
         learner().fit(1, 0.1, cbs=[SaveModelCallback(fname="best"), nan])
+
+
+def test_the_best_of_two_fits_is_loaded(learner):
+    """reset_on_fit=False: the second fit is never better than the first, whose weights come back."""
+    learn = learner(cbs=[best := SaveModelCallback(fname="best", reset_on_fit=False)])
+    learn.fit(2, 0.05)
+    kept, best.best = fingerprint(learn.model.state_dict()), -np.inf
+    learn.fit(1, 0.05)
+    assert fingerprint(learn.model.state_dict()) == kept
+
+
+def test_the_best_weights_stay_where_a_fit_with_an_average_is_cancelled(learner, tmp_path):
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 3:
+                raise CancelFitException
+
+    learn = learner(cbs=EMA(0.9))
+    learn.fit(3, 0.05, cbs=[SaveModelCallback(fname="best"), Stop()])
+    saved = torch.load(tmp_path / "models/best.pth", weights_only=True)
+    assert fingerprint(saved) == fingerprint(learn.model.state_dict())
+
+
+def test_a_wrapped_model_is_saved_as_fastai_saves_it(dls, tmp_path):
+    wrapped = SGDLearner(dls, torch.nn.DataParallel(models.build("small", 4)), path=tmp_path)
+    state = torch.load(wrapped.save("x", with_opt=False), weights_only=True)
+    assert list(state) == list(wrapped.model.module.state_dict())
+    wrapped.load("x", with_opt=False)
 
 
 @covers(callback="ReduceLROnPlateau")
@@ -585,12 +616,26 @@ def test_lr_find_has_fastais_face(learner):
     )
     lrs = learn.recorder.lrs
     assert lrs[0] == pytest.approx(1e-7) and len(lrs) == len(learn.recorder.losses) <= 100
-    assert learn.recorder.plot_lr_find().axes[0].get_xscale() == "log"
+    learn.recorder.plot_lr_find()
+    assert pyplot.gcf().axes[0].get_xscale() == "log"
     assert state_of(learn) == before
     learn.lr_find([1e-5, 1e-4], [1, 10], show_plot=False)
     assert learn.recorder.lrs[0] == pytest.approx(1e-4)
     mixed = learner(cbs=MixUp())
     assert mixed.lr_find(show_plot=False) != learner().lr_find(show_plot=False)
+    with pytest.raises(BadInput, match="diverged at once"):
+        learner(cbs=TerminateOnNaNCallback()).lr_find(1e30, 1e35)
+    batches = []
+
+    class Asks(Callback):  # as fastai's own do
+        def before_fit(self):
+            self.run = not hasattr(self.learn, "lr_finder")
+
+        def before_batch(self):
+            batches.append(self.iter)
+
+    learner(cbs=Asks()).lr_find(show_plot=False)
+    assert batches == []
 
 
 @covers(learner="export")
@@ -727,6 +772,90 @@ def test_a_batch_may_be_cancelled(learner):
     assert len(learn.recorder.losses) == len(learn.dls.train) - 2 and column(learn, "accuracy") == [None]
 
 
+def test_gradients_of_a_group_that_was_cut_short_go_into_no_step(learner):
+    """The first pass ends in the middle of a group of four batches."""
+    steps = []
+
+    class Watch(Callback):
+        order = 99
+
+        def __init__(self, cut):
+            self.cut = cut
+
+        def before_train(self):
+            if self.cut:
+                self.learn.opt.zero_grad()
+
+        def after_batch(self):
+            if self.training and self.epoch == 0 and self.iter == 1:
+                raise CancelTrainException
+
+        def before_step(self):
+            steps.append(fingerprint([p.grad for p in self.model.parameters()]))
+
+    for cut in (False, True):
+        learner(accumulate=4).fit(2, 0.05, cbs=Watch(cut))
+    assert len(steps) % 2 == 0 and steps[: len(steps) // 2] == steps[len(steps) // 2 :]
+
+
+def test_the_log_and_the_metrics_are_there_after_an_epoch(learner):
+    """Callbacks of wandb and TensorBoard read them in `after_epoch`."""
+    logs = []
+
+    class Reads(Callback):
+        order = 60
+
+        def after_epoch(self):
+            logs.append((list(self.recorder.log), self.learn.metrics[0].value))
+
+    learn = learner(metrics=accuracy, cbs=Reads())
+    learn.fit(2, 0.05)
+    for epoch, (log, value) in enumerate(logs):
+        assert log[:-1] == [epoch, *learn.recorder.values[epoch]] and len(log) == len(learn.recorder.metric_names)
+        assert float(value) == column(learn, "accuracy")[epoch]
+    assert learn.metrics[0].value is not None
+
+
+def test_no_code_in_a_file_of_weights_is_run(learner, tmp_path):
+    class Armed:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    (tmp_path / "models").mkdir()
+    torch.save(Armed(), tmp_path / "models/x.pth")
+    for options in ({}, {"weights_only": False}):
+        with pytest.raises(Exception, match="[Ww]eights"):
+            learner().load("x", **options)
+    assert not (tmp_path / "canary").exists()
+    assert torch.load(tmp_path / "models/x.pth", weights_only=False) and (tmp_path / "canary").exists()  # it is armed
+
+
+def test_what_is_refused_is_refused(learner):
+    """docs/fastai.md lists these."""
+    with pytest.raises(ValueError, match="at least 10 updates"):
+        learner().lr_find(num_it=5)
+    for name in ("DistributedTrainer", "ParallelTrainer"):  # fastai's need a package that is not here
+        with pytest.raises(ValueError, match="torchrun"):
+            learner().add_cb(type(name, (Callback,), {}))
+
+
+def test_the_moving_average_of_the_loss_is_fastais(learner):
+    losses = []
+    note = Callback(after_batch=lambda self: losses.append(self.loss.item()) if self.training else None)
+    learn, average = learner(), AvgSmoothLoss()
+    learn.fit(1, 0.05, cbs=note)
+    for loss in losses:
+        average.accumulate(SimpleNamespace(loss=torch.tensor(loss), to_detach=lambda x: x))
+        average.seen = [*getattr(average, "seen", []), float(average.value)]
+    assert [float(loss) for loss in learn.recorder.losses] == pytest.approx(average.seen, rel=1e-5)
+
+
+def test_an_optimizer_that_exists_already_is_refused(learner):
+    opt = OptimWrapper(models.build("small", 4).parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="pass partial"):
+        learner(opt_func=opt)
+
+
 def test_options_of_torchs_optimizers_reach_them(learner):
     learn = learner(opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.7, nesterov=True))
     learn.fit(1, 0.01)
@@ -743,7 +872,7 @@ def test_tta_before_a_fit_and_a_look_that_fails_leave_the_learner_whole(dls, tmp
     learn.fit(1, 0.05)
 
 
-def test_loaders_of_torch(learner, tmp_path):
+def test_loaders_of_torch(tmp_path, monkeypatch):
     points = torch.utils.data.TensorDataset(torch.randn(32, 3, 32, 32), torch.arange(32) % 4)
     loaders = DataLoaders(*[torch.utils.data.DataLoader(points, batch_size=8) for _ in range(2)], path=tmp_path)
     learn = SGDLearner(loaders, models.build("small", 4), metrics=accuracy)
@@ -751,6 +880,8 @@ def test_loaders_of_torch(learner, tmp_path):
     with learn.no_logging():
         learn.fit(2, 0.05)
     assert [row["batch_size"] for row in learn.recorder.rows] == [8, 8]
+    monkeypatch.setattr("lib.train.learner.default_device", lambda: torch.device("meta"))
+    assert learn.device == torch.device("meta")  # that of fastai, for loaders that have none
 
 
 def test_part_of_a_set_is_a_pass_of_that_many(dls):

@@ -108,6 +108,40 @@ def test_sets_deeper_than_other_folders_are_asked_for(tmp_path):
     assert [len(images) for images in folders.find_images(root / "images", 0.1, 0)] == [22, 2, 6]
 
 
+def test_a_class_that_is_a_link_is_a_class_of_its_own_folder(tmp_path, capsys):
+    """photos/cats/ has folders of years, photos/dogs is a link: the years are no classes."""
+    root = tree(tmp_path / "photos", {"cats": {"2019": 9, "2020": 9}, "birds": {"x": 9}})
+    (root / "birds").rename(tmp_path / "elsewhere")
+    (root / "dogs").symlink_to(tmp_path / "elsewhere")
+    assert folders.enter(root) == root
+    with pytest.raises(BadInput, match="only one class"):
+        folders.find_images(root, 0.1, 0)
+    assert "links and devices are passed over" in capsys.readouterr().out
+
+
+def test_images_to_be_predicted_are_no_link(tmp_path):
+    root = tree(tmp_path / "photos", {"train": CLASSES, "elsewhere": {"x": 4}})
+    (root / "pred").symlink_to(root / "elsewhere/x")
+    assert folders.unlabelled(root) == []
+
+
+def test_a_set_without_train_is_said_to_be_a_class(tmp_path, capsys):
+    folders.find_images(tree(tmp_path / "photos", {"": {"cats": 9, "dogs": 9, "test": 9}}), 0.1, 0)
+    assert "photos/test: is taken as a class" in capsys.readouterr().out
+
+
+def test_runs_do_not_lie_among_class_folders(tmp_path, parse):
+    """They would be a class of the next run; also where `--out` is a folder of the set that one stands in."""
+    sets = tree(tmp_path / "sets", {"train": CLASSES, "valid": FEW})
+    plain = tree(tmp_path / "plain", {"": CLASSES})
+    check = lambda root, out: loader.check_apart(parse("--data", root, "--out", out), root)
+    for root, out in ((sets, sets / "train/runs"), (sets, sets / "valid/a/x"), (plain, plain / "runs")):
+        with pytest.raises(BadInput, match="--out .*: lies among the class folders of .*; pass another folder"):
+            check(root, out)
+    for root, out in ((sets, sets / "runs"), (sets, sets / "train/.runs"), (plain, tmp_path / "runs")):
+        check(root, out)
+
+
 def test_folders_of_classes_may_differ(tmp_path):
     root = tree(tmp_path, {"cat": {"2019": 4, "2020": 4}, "dog": {"2020": 4, "2021": 4}})
     assert sum(map(len, folders.find_images(root, 0.1, 0))) == 16

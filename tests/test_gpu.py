@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import re
 import time
 import traceback
@@ -155,6 +156,7 @@ def test_no_batch_waits_for_the_device(parse, monkeypatch):
 
     monkeypatch.setattr(recorder.EpochRecorder, "check", check)
     monkeypatch.setattr(recorder, "CHECK_EVERY", 5)
+    monkeypatch.setattr(recorder, "CHECK_SECONDS", math.inf)
     monkeypatch.setattr(recorder, "value_of", lambda metric: 0.0)
     monkeypatch.setattr(recorder.Evaluation, "accuracy", 0.0)
     with pretended(parse, monkeypatch, "--ema", 0.99, "--schedule", "one_cycle") as (settings, learn, copies):
@@ -162,7 +164,7 @@ def test_no_batch_waits_for_the_device(parse, monkeypatch):
         copies.clear()
         schedules.fit(learn, settings, 0.05)
     assert looks == [5, 3] * 2
-    assert {place for *way, place in copies if way == ["cuda", "cpu"]} == {"recorder.py:check"}
+    assert {place for *way, place in copies if way == ["cuda", "cpu"]} == {"recorder.py:check", "recorder.py:settle"}
     there = [place for *way, place in copies if way == ["cpu", "cuda"] and place != "loader.py:__iter__"]
     assert sorted(there) == ["loss.py:__call__", "recorder.py:accumulate"]  # once in all
 
@@ -205,6 +207,16 @@ def test_a_step_that_is_cancelled_leaves_the_scale_alone(make):
     assert fingerprint(list(learn.model.parameters())) == before and learn.scaler.get_scale() == 2.0**10
     learn.fit(1, 0.05)
     assert fingerprint(list(learn.model.parameters())) != before
+
+
+def test_a_step_that_is_interrupted_leaves_the_scaler_whole(make, monkeypatch):
+    """Ctrl-C in a notebook most often comes where the step waits for the card."""
+    learn = scaled(make()[1])
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(learn.scaler, "_maybe_opt_step", lambda *args, **kwargs: exec("raise KeyboardInterrupt"))
+        learn.fit(1, 0.05)
+    learn.fit(1, 0.05)
+    assert len(learn.recorder.rows) == 1
 
 
 def test_half_precision_of_a_gpu_is_float32_on_a_cpu(make, tmp_path):

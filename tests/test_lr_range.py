@@ -3,6 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.schedule import steep
 from torch_lr_finder import LRFinder
 
@@ -141,8 +142,34 @@ def test_the_steepest_point_is_where_it_is():
     ids=["flat", "rising", "nan"],
 )
 def test_a_curve_without_a_fall_is_refused(of):
+    lrs, losses = curve(of)
+    kept = np.isfinite(losses)
     with pytest.raises(BadInput, match="--lr"):
-        lr_range.check_fall(lr_range.RangeTest(*curve(of), 1, 100))
+        lr_range.check_fall(lr_range.RangeTest(lrs[kept], losses[kept], 1, 100))
+
+
+def test_with_accumulation_it_counts_updates(make):
+    batches = Callback(before_backward=lambda self: seen.append(1))
+    seen, (_, learn) = [], make("--accumulate", 2)
+    learn.add_cb(batches)
+    assert len(lr_range.find(learn, num_it=12, stop_div=False).lrs) == 12 and len(seen) == 24
+
+
+def test_a_curve_ends_before_its_first_loss_that_is_no_number(make):
+    """Also where it is asked to go on: what follows says nothing, and must not count as a low loss."""
+
+    class Breaks(Callback):
+        order = -6  # before the range test looks
+
+        def after_batch(self):
+            seen.append(1)
+            if len(seen) == 12:
+                self.learn.loss = torch.tensor(torch.nan)
+
+    seen, (_, learn) = [], make()
+    learn.add_cb(Breaks())
+    test = lr_range.run(learn, lr_range.rates(1e-5, 1e-4, 20), stop_div=False)
+    assert len(seen) == 20 and len(test.lrs) == len(test.losses) == 11 and np.isfinite(test.smooth_losses).all()
 
 
 @pytest.mark.parametrize("noise, high, said", [(0.01, 10, ""), (0.9, 10, "little against"), (0.01, 0.1, "still falls")])

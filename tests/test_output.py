@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_a_run_outlives_a_full_disk_of_its_log(full, photos, tmp_path, monkeypat
 
 def test_streams_that_are_closed_stop_nothing(photos, tmp_path):
     argv = [sys.executable, "train_fastai.py", "--data", photos, "--out", tmp_path, "--name", "x", *SMALL]
-    line = " ".join(map(str, argv)) + " --threads 1 >&- 2>&-"
+    line = shlex.join(map(str, argv)) + " --threads 1 >&- 2>&-"
     assert subprocess.run(line, shell=True, cwd=ROOT).returncode == 0
     assert (tmp_path / "x/summary.json").exists()
 

@@ -150,6 +150,7 @@ def test_folders_are_searched_in_a_fixed_order_and_hidden_names_passed_over(trai
 
 
 HOSTILE = 'a,"b"\n<i>\x1b[31m=1.png'
+RETURN = "c\rd.png"
 
 
 @pytest.fixture
@@ -157,12 +158,13 @@ def hostile(tmp_path):
     rng = np.random.default_rng(2)
     save(tmp_path / "in" / HOSTILE, picture(rng, 1))
     save(tmp_path / "in" / "b.png", picture(rng, 2))
+    save(tmp_path / "in" / RETURN, picture(rng, 2))
     return tmp_path / "in"
 
 
 def test_hostile_names_survive_csv(trained, hostile, capsys):
     status, rows, _ = table([trained[0], hostile], capsys)
-    assert status == 0 and [row["file"] for row in rows] == [str(hostile / HOSTILE), str(hostile / "b.png")]
+    assert status == 0 and [row["file"] for row in rows] == [str(hostile / name) for name in (HOSTILE, "b.png", RETURN)]
     assert all(row["prediction"].startswith("class, ") and 1 / 3 < float(row["probability"]) <= 1 for row in rows)
 
 
@@ -180,7 +182,7 @@ def test_a_terminal_gets_no_control_character(trained, hostile, monkeypatch):
             out += os.read(ours, 65536)
     os.close(ours)
     text = out.decode().replace("\r\n", "\n")
-    assert r"\x1b[31m=1.png" in text and r"broken\x1b]0;x\x07.png: is no whole JPEG" in text and text.count("\n") == 6
+    assert r"\x1b[31m=1.png" in text and r"broken\x1b]0;x\x07.png: is no whole JPEG" in text and text.count("\n") == 7
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
@@ -246,7 +248,7 @@ def test_heic_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 def test_explain_writes_a_picture_an_image(trained, hostile, capsys, tmp_path):
     status, rows, _ = table([trained[0], hostile, "--explain", tmp_path / "why"], capsys)
     made = sorted(p.name for p in (tmp_path / "why").iterdir())
-    assert status == 0 and made == ["00001-a__b___i___31m_1.png", "00002-b.png"]
+    assert status == 0 and made == ["00001-a__b___i___31m_1.png", "00002-b.png", "00003-c_d.png"]
     for name in made:
         with Image.open(tmp_path / "why" / name) as image:
             left, right = np.split(np.asarray(image.convert("RGB")).astype(int), 2, axis=1)

@@ -329,7 +329,7 @@ def test_a_comparison_has_its_table_curves_and_links(tmp_path, capsys):
     two = [rows_of(n, best)[4]["test_acc"] for n, best in ((5, 0.8), (6, 0.81))]
     mean, deviation = np.mean(two), np.std(two, ddof=1)
     assert data["curves"][1]["test_acc"][4] == pytest.approx([mean, mean - deviation, mean + deviation], rel=1e-4)
-    assert len(data["curves"][1]["lr"]) == 6 and len(set(data["curves"][1]["lr"][5])) == 1
+    assert len(data["curves"][1]["lr"]) == 5  # of 5 and 6 epochs: they end with the run that ends first
     rates = report.band([{"lr": [0.1, 0.1]}, {"lr": [0.001, 0.0]}], "lr")  # 0 has no place on the axis
     spread = 10 ** np.std([-1, -3], ddof=1)
     assert rates == [pytest.approx([0.01, 0.01 / spread, 0.01 * spread], rel=1e-5), [0.1] * 3]

@@ -252,7 +252,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path, bands, cache, capsys
     program = "import sys; from pathlib import Path; from lib.runs import locked; held = locked(Path(sys.argv[1])); "
     program += "print('held', flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], **pipes)
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], cwd=ROOT, **pipes)
     assert other.stdout.readline() == b"held\n"
     capsys.readouterr()
     assert main(["--resume", str(tmp_path / "x")]) == 2

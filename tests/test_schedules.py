@@ -124,7 +124,7 @@ def test_warm_up_rises_from_a_quarter(name):
 
 
 def test_warm_up_leaves_the_owner_its_rate(make):
-    c, learn = make("--epochs", 4, "--lr", 0.1, "--warmup-epochs", 1.5, "--patience-epochs", 0, "--threshold", 1)
+    c, learn = make("--epochs", 4, "--lr", 0.1, "--warmup-epochs", 1.5, "--patience-epochs", 0, "--threshold", 0.9)
     learn.add_cb(Hypers())
     schedules.fit(learn, c, 0.1)
     rows, n = learn.recorder.rows, len(learn.dls.train)
@@ -338,7 +338,7 @@ RUN = "--size 32 --model small --epochs 3 --lr 0.02 -b 16 --gallery 0".split()
         pytest.param("--schedule one_cycle --optimizer adam --warmup-epochs 1 --accumulate 2", marks=pytest.mark.slow),
         # its dropout draws from torch's generator
         pytest.param("--model squeezenet1_1 --schedule triangular2", marks=pytest.mark.slow),
-        "--schedule grow_batch --patience-epochs 0 --threshold 1 --grad-noise 0.001 --perturb-on-plateau "
+        "--schedule grow_batch --patience-epochs 0 --threshold 0.9 --grad-noise 0.001 --perturb-on-plateau "
         "--balanced-batches",
     ],
 )

@@ -12,8 +12,11 @@ import torch
 from fastai.callback.core import Callback
 
 from lib import machine
+from lib.config import Config
 from lib.train import sharing
 from lib.train.sharing import ShareCores, others
+
+ROOT = Path(__file__).parent.parent
 
 linux = pytest.mark.skipif(machine.busy_seconds() is None, reason="the system does not say what is busy")
 
@@ -78,8 +81,18 @@ def test_a_busy_program_is_seen_and_this_one_is_not():
 def test_only_cores_that_the_process_may_use_count():
     program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from lib import machine;"
     program += "from lib.config import Config; print(machine.cores(), machine.set_threads(Config()))"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["1", "1"]
+
+
+@pytest.mark.parametrize("processes, expected", [(0, 2), (2, 1), (8, 1)])
+def test_threads_are_as_many_as_the_cores_of_a_process(processes, expected, monkeypatch):
+    """torch would have 8, as it does not know the quota; under torchrun it has 1."""
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "torchs_threads", lambda: 1 if processes else 8)
+    for name in machine.TORCHRUN if processes else ():
+        monkeypatch.setenv(name, str(processes))
+    assert machine.set_threads(Config()) == torch.get_num_threads() == expected
 
 
 def test_a_run_adapts_on_a_cpu_unless_the_number_is_given(make):

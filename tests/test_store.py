@@ -1,13 +1,14 @@
 import os
 import pickle
 import resource
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
 from lib.cli import BadInput
-from lib.data import decode, loader
+from lib.data import decode, loader, store
 from lib.data.store import Store
 from tests.conftest import save
 
@@ -46,6 +47,25 @@ def test_the_store_in_a_folder_equals_that_in_an_unnamed_file(ragged, tmp_path, 
         m.setattr(decode, "read", fail)
         again = Store(ragged, 24, tmp_path, cache=tmp_path / "cache")
     assert (again[299] == unnamed[299]).all() and again.fingerprint == unnamed.fingerprint
+
+
+def test_few_large_images_are_decoded_at_a_time(ragged, tmp_path, monkeypatch):
+    whole = Store(ragged, 24, tmp_path).fingerprint
+    sizes, decode_all = [], store.decode_all
+    monkeypatch.setattr(store, "CHUNK_BYTES", 10 * 3 * 24**2)
+    monkeypatch.setattr(store, "decode_all", lambda paths, *rest: sizes.append(len(paths)) or decode_all(paths, *rest))
+    assert Store(ragged, 24, tmp_path).fingerprint == whole and set(sizes) == {10}
+
+
+@pytest.mark.parametrize("what", ["size", "mtime", "ctime"])
+def test_each_fact_of_a_file_is_in_the_key(ragged, tmp_path, monkeypatch, what):
+    some = Store(ragged, 24, tmp_path)
+    before, stat = some.key(), os.stat
+    changed = {"size": "st_size", "mtime": "st_mtime_ns", "ctime": "st_ctime_ns"}[what]
+    names = ("st_size", "st_mtime_ns", "st_ctime_ns")
+    fake = lambda path: SimpleNamespace(**{n: getattr(stat(path), n) + (n == changed) for n in names})
+    monkeypatch.setattr(store.os, "stat", fake)
+    assert some.key() != before
 
 
 def test_a_changed_file_is_read_again(ragged, tmp_path):

@@ -39,14 +39,17 @@ def test_it_stops_after_so_many_epochs_that_are_no_better(make, monitor, monkeyp
     assert learn.epochs_trained == 4 and best.epoch_number is not None  # what is later in order saw whole epochs
 
 
-def test_a_run_that_stops_says_so_and_is_whole(bands, tmp_path, capsys):
+@pytest.mark.parametrize("mix", [[], ["--mixup", 0.4]])
+def test_a_run_that_stops_says_so_and_is_whole(bands, tmp_path, capsys, mix):
     argv = [*SMALL, "--data", bands, "--epochs", 8, "--lr", 1e-9, "--stop-after", 2, "--monitor", "valid_acc"]
-    argv += ["--schedule", "constant"]
+    argv += ["--schedule", "constant", *mix]
     assert main([*map(str, argv), "--out", str(tmp_path), "--name", "x"]) == 0
     summary = json.loads((tmp_path / "x/summary.json").read_text())
     out = capsys.readouterr().out
     assert summary["epochs"] < 8 and f"no better since epoch {summary['epochs'] - 2}\n" in out
     assert out.count("\nepoch ") == summary["epochs"]
+    assert main(["--resume", str(tmp_path / "x"), "--epochs", "9"]) == 2
+    assert "stopped after epoch" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path / "x")]) == 0  # it has nothing to add
     assert json.loads((tmp_path / "x/summary.json").read_text())["epochs"] == summary["epochs"]
 

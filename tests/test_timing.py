@@ -85,9 +85,9 @@ def test_the_time_is_said_before_a_run_begins_and_by_a_dry_run(bands, tmp_path, 
     options = ["--size", "16", "--model", "small", "-b", "16", "--epochs", "1", "--lr", "0.05", "--gallery", "0"]
     argv = ["--data", str(bands), *options, "--out", str(tmp_path), "--name", "x"]
     assert main([*argv, "--dry-run"]) == 0
-    assert re.search(r"\n1 epochs take about \d+ s here \(until .*\)\n$", capsys.readouterr().out)
+    assert re.search(r"\n1 epoch takes about \d+ s here \(until .*\)\n$", capsys.readouterr().out)
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = next(i for i, line in enumerate(lines) if "take about" in line)
+    told = next(i for i, line in enumerate(lines) if "takes about" in line)
     assert lines[told + 1].startswith("epoch 1/1")
     assert json.loads((tmp_path / "x/env.json").read_text())["expected_seconds"] > 0

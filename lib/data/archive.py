@@ -53,30 +53,40 @@ def members(archive):
     opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), open)
     tar = opener is not open or start.endswith(b"ustar")  # its last member may be a zip
     if not tar and zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z:
-            unclear = [m.filename for m in z.infolist() if name_of(m) is None]
-            if unclear:
-                text = f"{len(unclear):,} names, such as {unclear[0]}, do not say their encoding; read as cp437"
-                print(printable(f"{archive}: {text}; pack it anew with UTF-8 names if they look wrong"), flush=True)
+        try:
+            z = zipfile.ZipFile(archive, metadata_encoding="utf-8")  # of names whose flag does not say so
+        except UnicodeDecodeError:
+            z = zipfile.ZipFile(archive)
+            unclear = [m.filename for m in z.infolist() if not (m.flag_bits & 0x800 or m.filename.isascii())]
+            text = f"{len(unclear):,} names, such as {unclear[0]}, do not say their encoding; read as cp437"
+            print(printable(f"{archive}: {text}; pack it anew with UTF-8 names if they look wrong"), flush=True)
+        with z:
             for m in z.infolist():
                 plain = (m.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
-                fault, name = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL, name_of(m) or m.filename
-                yield name, m.file_size, fault, None if name.endswith(("/", "\\")) else partial(z.open, m)
+                fault = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL
+                yield m.filename, m.file_size, fault, None if m.filename.endswith(("/", "\\")) else partial(z.open, m)
         return
-    with opener(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as t:
+    with opener(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as t:
         for m in t:
             plain = m.isdir() or (m.isreg() and not m.issparse())
             yield m.name, m.size, "" if plain else SPECIAL, None if m.isdir() else partial(t.extractfile, m)
+        for _ in range(SMALL // MAX_HEADER):  # a checksum is behind the last byte
+            if not file.read(MAX_HEADER):
+                return
+        raise ValueError("it goes on for long after its last member")
 
 
-def name_of(member):
-    """The name of a zip's member. Without the flag of UTF-8 it is tried as UTF-8; None if it is not."""
-    if member.flag_bits & 0x800 or member.filename.isascii():
-        return member.filename
-    try:
-        return member.filename.encode("cp437").decode()
-    except UnicodeError:
-        return None
+class Header(tarfile.TarInfo):
+    """A member of a tar file. tarfile takes a damaged or missing one, but the first, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, file):
+        try:
+            return super().fromtarfile(file)
+        except tarfile.EOFHeaderError:  # zeros, which end a whole archive
+            raise
+        except tarfile.HeaderError as error:
+            raise ValueError(f"a member or the end is damaged or missing ({error})") from None
 
 
 class Bounded:

@@ -50,7 +50,7 @@ def read(image, size, levels=None, seen=None):
     except (BadInput, MemoryError):
         raise
     except UnidentifiedImageError as error:  # Pillow's text has an address in memory
-        why = error if isinstance(error, Heif) else f"is no whole {', '.join(KINDS)} by its content"
+        why = error if "HEIC" in str(error) else f"is no whole {', '.join(KINDS)} by its content"
         raise BadInput(f"{name}: {why}; repair or remove it") from None
     except Image.DecompressionBombError:
         why = f"has more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb"
@@ -77,19 +77,14 @@ def register_heif():
     return True
 
 
-class Heif(UnidentifiedImageError):
-    """A HEIC image where the package that reads it is not installed."""
-
-
 def kinds_of(content):
     """The formats that `content` may be in: HEIF among them where it may be, and pillow-heif is installed."""
     brand = content[8:12] if content[4:8] == b"ftyp" else b""
-    if brand not in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
-        return KINDS
-    if register_heif():
-        return "HEIF", *KINDS
-    if brand.startswith(b"h"):
-        raise Heif("is HEIC, which takes pillow-heif (uv run --extra heif …)")
+    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        if register_heif():
+            return "HEIF", *KINDS
+        if brand.startswith(b"h"):
+            raise UnidentifiedImageError("is HEIC, which takes pillow-heif (uv run --extra heif …)")
     return KINDS
 
 

@@ -16,6 +16,7 @@ ACROSS = "near copies across sets"
 COLUMNS = ("doubt", "file", "detail")
 FEW = 10  # training images of a class; the word of the table says so too
 BITS, LEVELS = 3, 6  # near copies differ in at most 3 of the hash's 64 bits, and by 6 of 255 levels on average
+CONTRAST = 8  # and by no more than an eighth of their deviation: two dark images with a small bright spot are no copies
 PLAIN = 6  # levels of 255: an image that deviates less is nearly of one colour; below twice it, it has little detail
 DRAWN = 0.5  # share of one exact colour, where half of the images have no more than a tenth of it: drawn, not a photo
 SAME, SOLID = 0.01, 1  # mean levels of thumbnails up to which they are equal; deviation of an image of one colour
@@ -70,7 +71,8 @@ def pairs(hashes, thumbnails):
     as copies only if they are equal.
     """
     deviation, found = deviations(thumbnails), [np.zeros((0, 2), int)]
-    most = np.where(deviation < 2 * PLAIN, np.where(deviation < SOLID, -1, SAME), LEVELS)
+    most = np.minimum(LEVELS, deviation / CONTRAST)
+    most = np.where(deviation < 2 * PLAIN, np.where(deviation < SOLID, -1, SAME), most)
     for band in hashes.view(np.uint16).reshape(-1, 4).T:
         order = np.argsort(band, kind="stable")
         for shift in range(1, min(REACH, len(order))):
@@ -80,7 +82,7 @@ def pairs(hashes, thumbnails):
             a, b = order[:-shift][same], order[shift:][same]
             close = np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS
             a, b = a[close], b[close]
-            close = np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= most[a]
+            close = np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= np.minimum(most[a], most[b])
             found.append(np.sort(np.stack([a, b], 1)[close]))
     return np.unique(np.concatenate(found), axis=0)
 

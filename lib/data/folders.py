@@ -87,8 +87,8 @@ def enter(folder):
     """`folder`, or the single folder in it that holds all class folders. Archives often have such a folder."""
     while True:
         inside = visible(folder)
-        folders = [p for p in inside if p.is_dir() and not p.is_symlink()]
-        if len(folders) != 1 or set_of(folders[0].name) == "train":
+        folders = [p for p in inside if p.is_dir()]
+        if len(folders) != 1 or folders[0].is_symlink() or set_of(folders[0].name) == "train":
             return folder
         if any(p.suffix.lower() in EXTENSIONS for p in inside) or not folders_in(folders[0]):
             return folder
@@ -169,6 +169,8 @@ def find_sets(root, tell=False):
     found, sets = by_set(root), {}
     if not any(map(folders_in, found["train"])):
         check_classes(root, found)
+        for folder in (p for kind in SETS for p in found[kind] if tell and not p.is_symlink()):
+            print(printable(f"{folder}: is taken as a class, as no train/ here has class folders"), flush=True)
         return {"train": root}
     for kind in ("train", "valid", "test"):
         for folder in found[kind]:
@@ -199,7 +201,7 @@ def unwrapped(folder):
 
 def flat(found):
     """The folders for test and for prediction that have images but no class folders."""
-    plain = [p for p in [*found["test"], *found["new"]] if not folders_in(unwrapped(p))]
+    plain = [p for p in [*found["test"], *found["new"]] if not p.is_symlink() and not folders_in(unwrapped(p))]
     return [p for p in plain if images_in(p, defaultdict(list))]
 
 

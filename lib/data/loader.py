@@ -25,7 +25,7 @@ from lib.data.decode import batch_size, centre
 from lib.data.folders import Label, find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
-from lib.machine import leave_signals, signals_held, useful_workers
+from lib.machine import leave_signals, on_this_machine, signals_held, useful_workers
 from lib.runs import read_card
 
 PLAIN_PIXELS = 2**21  # that say enough of the colours of all
@@ -257,9 +257,10 @@ def check_apart(config, root):
     root = root.resolve()
     for name in ("out", "cache"):
         written = Path(getattr(config, name) or root.parent).expanduser().resolve()
-        if written.is_relative_to(root) and root in find_sets(root).values():
-            if not any(part.startswith(".") for part in written.relative_to(root).parts):
-                raise BadInput(f"--{name} {written}: lies among the class folders of {root}; pass another folder")
+        for folder in find_sets(root).values() if written.is_relative_to(root) else ():
+            hidden = any(part.startswith(".") for part in written.relative_to(root).parts)
+            if written.is_relative_to(folder) and not hidden:
+                raise BadInput(f"--{name} {written}: lies among the class folders of {folder}; pass another folder")
 
 
 def read_images(config, size):
@@ -274,7 +275,8 @@ def read_images(config, size):
         folder, skip = None, config.bad_images == "skip"
         with nullcontext() if config.cache else suppress(OSError, BadInput):  # a home that cannot be written to
             folder = cache_dir(config)
-        store = Store(paths, size, root, cache=folder if config.cache else None, skip=skip, temporary=folder)
+        cache = folder if config.cache or on_this_machine() > 1 else None  # the other ranks here find it
+        store = Store(paths, size, root, cache=cache, skip=skip, temporary=folder)
         if store.skipped:  # split anew, so that each class has its share in each set
             sets = find_images(root, *split, set(paths) - set(store.index))
     return root, store, sets

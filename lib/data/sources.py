@@ -18,10 +18,8 @@ ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".tar.xz", ".txz", ".tar.bz2", ".
 
 def cache_dir(config):
     """Where downloaded and unpacked data lies: --cache, or fastai's data folder (under FASTAI_HOME)."""
-    try:
+    with refused("--cache: this user has no home folder for downloads", "pass a folder, or set HOME", RuntimeError):
         return Path(config.cache).expanduser() if config.cache else fastai_cfg().path("data")
-    except RuntimeError:
-        raise BadInput("--cache: this user has no home folder for downloads; pass a folder, or set HOME") from None
 
 
 def cifar10(config):
@@ -69,7 +67,9 @@ def root_folder(config):
     if "://" in config.data:
         raise BadInput(f"--data {config.data}: is a web address; fetch it (curl -LO …) and pass the file or folder")
     if config.data in SOURCES:
-        path = SOURCES[config.data](config)
+        here, path = path, SOURCES[config.data](config)
+        if here.is_dir() and not here.samefile(path):
+            print(f"{here} is a known data set; for the folder {here}/ here, pass ./{here}", flush=True)
     elif path.is_file() and path.name.lower().endswith(ARCHIVES):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
 FORMAT = 5  # of the files of decoded images
-CHUNK = 256  # images that a thread decodes at a time
+CHUNK, CHUNK_BYTES = 256, 2**24  # images that a thread decodes at a time, and about the most bytes they make
 STATS_PIXELS = 2**18  # that are counted together
 
 
@@ -65,7 +65,7 @@ class Store:
                 os.fsync(file.fileno())
                 np.save(part / "shapes.npy", self.shapes)
                 (part / "facts.json").write_text(json.dumps(facts))
-        with refused(f"--cache {self.folder}: is damaged", "remove this folder", (OSError, ValueError)):
+        with refused(f"--cache {self.folder}: is damaged", "remove this folder"):
             self.shapes = np.load(self.folder / "shapes.npy", allow_pickle=False)
             self.map(self.folder / "pixels")
             return read_json(self.folder / "facts.json")
@@ -106,7 +106,8 @@ class Store:
     def decode_into(self, file, skip, levels, seen):
         """One pass over all images: writes their pixels to `file`, sets `shapes`, and returns facts."""
         shapes, skipped, digest = [], [], hashlib.blake2b(digest_size=8)
-        chunks = [self.paths[i : i + CHUNK] for i in range(0, len(self), CHUNK)]
+        n = min(CHUNK, max(CHUNK_BYTES // (3 * self.size**2), 1))
+        chunks = [self.paths[i : i + n] for i in range(0, len(self), n)]
         pool, waiting = ThreadPoolExecutor(threads := cores()), deque()
         options = dict(total=len(self), desc="reading", unit="image", leave=False)
         with quiet() as terminal, tqdm(file=terminal, disable=not terminal.isatty(), **options) as bar:

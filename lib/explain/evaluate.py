@@ -15,7 +15,7 @@ from sklearn import metrics
 
 from lib import models
 from lib.advice import standard_error
-from lib.cli import duration, read_json
+from lib.cli import counted, duration, read_json
 from lib.config import FEW_VALID
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
@@ -143,12 +143,17 @@ def range_test(learn, config, run):
     if len(test.lrs) == test.num_it and test.smooth_losses.argmin() >= 0.9 * test.num_it:
         print("range test: the loss still falls at the highest rates; a larger --lr-high makes it surer", flush=True)
     run.note(lr_suggestions=suggestions)
-    return lr, test.step_seconds
+    return lr, None if on_valid else test.step_seconds
 
 
 def same_test(run, tested):
-    """Takes the range test of the run folder `tested`, of the same images, weights and settings; as `range_test`."""
+    """Takes the range test of the run folder `tested`, of the same weights and settings; as `range_test`.
+
+    None if the images of `tested` were others.
+    """
     env = read_json(tested / "env.json")
+    if env["data_fingerprint"] != run.env["data_fingerprint"]:
+        return None
     for name in ("lr_find.csv", "lr_find.png"):
         write(run / name, (tested / name).read_bytes())
     run.note(lr_suggestions=env["lr_suggestions"])
@@ -268,8 +273,9 @@ def closing(s, explained, path, uneven, few=""):
     return (
         f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
         f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{few}{balanced}"
-        f"{target}{s['epochs']} epochs in {duration(s['train_seconds'])}, {s['images_per_second']:.0f} images/s; "
-        f"{duration(s['total_seconds'])} in all: {duration(s['start_seconds'])} before training (reading, range test), "
+        f"{target}{counted(s['epochs'], 'epoch')} in {duration(s['train_seconds'])}, "
+        f"{s['images_per_second']:.0f} images/s; {duration(s['total_seconds'])} in all: "
+        f"{duration(s['start_seconds'])} before training (reading, range test), "
         f"{duration(s['end_seconds'])} after it (evaluation, explanations)\n"
         f"{mistakes}; open {path / 'report.html'}"
     )

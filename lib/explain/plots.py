@@ -38,9 +38,9 @@ def tidy(ax):
 
 
 def short(name, most=16):
-    """`name`, printable, cut to `most` characters."""
-    name = "".join(c if c.isprintable() else "?" for c in str(name))
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """`name`, printable, cut to `most` characters, of which a fifth are its last: names often differ at the end."""
+    name, end = "".join(c if c.isprintable() else "?" for c in str(name)), most // 5
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"
 
 
 def results(
@@ -252,10 +252,14 @@ def explanation(image, cam, title):
 
 
 def means(points):
-    """Of [(epoch, seconds, accuracy), …] of several runs: epochs, mean seconds, means and deviations, and n."""
+    """Of [(epoch, seconds, accuracy), …] of several runs: epochs, mean seconds, means and deviations, and n.
+
+    They end with the run that ends first.
+    """
     epochs = pd.DataFrame(points, columns=["epoch", "seconds", "accuracy"]).groupby("epoch")
-    mean, deviation = epochs.mean(), epochs.accuracy.std().fillna(0)
-    return mean.index.to_numpy(), *(a.to_numpy() for a in (mean.seconds, mean.accuracy, deviation)), epochs.size().max()
+    n, of_all = epochs.size().max(), epochs.size() == epochs.size().max()
+    mean, deviation = epochs.mean()[of_all], epochs.accuracy.std().fillna(0)[of_all]
+    return mean.index.to_numpy(), *(a.to_numpy() for a in (mean.seconds, mean.accuracy, deviation)), n
 
 
 def comparison(
@@ -269,9 +273,8 @@ def comparison(
     Up to 5 variants share their axes, against epochs and seconds; of more each has its own, the others in grey.
     """
     found, many = {name: means(points) for name, points in curves.items()}, len(curves) > 5
-    cols = 4 if many else 2
-    rows = math.ceil(len(curves) / cols) if many else 1
-    figure = Figure(figsize=(17, max(3 * rows, 6)), layout="constrained")
+    rows, cols = (math.ceil(len(curves) / 4), 4) if many else (1, 2)
+    figure = Figure(figsize=(17, min(max(3 * rows, 6), 500)), layout="constrained")  # a PNG has an end
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
     grid = left.subplots(rows, cols, squeeze=False, sharex=many, sharey=True)
     for i, (name, (marks, seconds, mean, deviation, n)) in enumerate(found.items()):
@@ -297,7 +300,8 @@ def comparison(
         ax.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
     if not many:
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        for text in left.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3)).get_texts():
+        at = dict(loc="outside lower center", ncols=min(len(labels), 100 // max(map(len, labels))) or 1)
+        for text in left.legend(handles, labels, **at).get_texts():
             text.set_parse_math(False)
     draw_finals(right, finals or {name: [] for name in curves})
     bands = ": mean over seeds, band of ± 1 standard deviation" if max(one[4] for one in found.values()) > 1 else ""

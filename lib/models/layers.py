@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lib.cli import BadInput, one_line
+from lib.cli import BadInput, refused
 
 LEAST = 4  # side of a map that says where
 
@@ -59,12 +59,10 @@ def cam_layer(model, size):
     try:
         model.eval()
         x = torch.linspace(-2, 2, 3 * size**2, device=example.device, dtype=example.dtype).view(1, 3, size, size)
-        with torch.enable_grad():
+        with torch.enable_grad(), refused(f"--model: does not take images of {size} pixels", "try another --size"):
             logits = model(x.requires_grad_().clone())
             seen = sum(x.square().sum() for x in features or [logits])
             slopes = torch.autograd.grad(seen, outputs, allow_unused=True) if outputs else ()
-    except (RuntimeError, ValueError, AssertionError) as e:
-        raise BadInput(f"--model: does not take images of {size} pixels ({one_line(e)}); try another --size") from None
     finally:
         model.train(training)
         for handle in handles:

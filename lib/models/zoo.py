@@ -72,15 +72,15 @@ def build(name, n_classes, pretrained="", images=None, size=None):
         extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
         if size and name.startswith(("vit_", "maxvit_")):
             extra = {"image_size": size} if name.startswith("vit_") else {"input_size": (size, size)}
-        with unfit(name, size, (ValueError, AssertionError, RuntimeError)):
+        with unfit(name, size):
             model = get_model(name, weights=None, num_classes=n_classes, **extra)
     if pretrained:
         load_body(model, name, pretrained)
     return model
 
 
-def unfit(name, size, errors=Exception):
-    return refused(f"--model {name}: does not take images of {size} pixels", "try another --size", errors)
+def unfit(name, size):
+    return refused(f"--model {name}: does not take images of {size} pixels", "try another --size")
 
 
 def timms(name, n_classes, pretrained, size):
@@ -206,8 +206,7 @@ def rebuild(card):
 
     Raises BadInput for anything but a network of this room, of torchvision or of timm, of a possible size.
     """
-    faults = KeyError, TypeError, ValueError, AttributeError, StopIteration, IndexError
-    with refused("model.json: describes no network of this project", errors=faults):
+    with refused("model.json: describes no network of this project"):
         name, args = card["architecture"], card["args"]
         numbers = [n for k, v in args.items() if k != "squeeze" for n in (v if isinstance(v, list) else [v])]
         possible = type(args.get("squeeze", True)) is bool and len(numbers) <= 16 and sum(args.get("depths", ())) <= 64

@@ -40,10 +40,13 @@ class EMA(Callback):
     def before_validate(self):
         self.swap(True)
 
-    def after_fit(self):
+    def after_cancel_fit(self):
         if self.average is not None:
-            self.swap(True)
-            self.average = self.weights = None
+            self.swap(True)  # before SaveModelCallback loads its best
+
+    def after_fit(self):
+        self.after_cancel_fit()
+        self.average = self.weights = None
 
     @torch.no_grad()
     def swap(self, into_model):

@@ -54,8 +54,8 @@ class Checkpoint(Callback):
         state, self.state = self.state, None
         if state is None:
             return
-        learn, faults = self.learn, (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)
-        with refused(f"{self.path}: is of another run than its args.yaml says", errors=faults):
+        learn = self.learn
+        with refused(f"{self.path}: is of another run than its args.yaml says"):
             learn.model.load_state_dict(state["model"])
             learn.opt.load_state_dict(state["optimizer"])
             if learn.scaler:

@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from fastai.callback import schedule as _fits  # noqa: F401  (it gives Learner its fits)
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -20,7 +19,7 @@ from fastai.learner import CancelBackwardException, CancelEpochException, Cancel
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import defaults, norm_bias_params, to_float
+from fastai.torch_core import default_device, defaults, get_model, norm_bias_params, to_float
 from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 
@@ -65,6 +64,13 @@ class Unscale(Callback):
             self.learn.scaler.update()
         self.done = False
 
+    after_cancel_batch = after_fit = after_step  # of a step that was cut short
+
+
+def device_of(dls):
+    """The device of the DataLoaders `dls`; where they have none, as those of torch, that which fastai trains on."""
+    return torch.device(getattr(dls, "device", default_device()) or "cpu")
+
 
 class SGDLearner(Looks):
     """A Learner that trains with plain SGD, v = mom * v + (g + wd * w), w = w - lr * v, or another of OPTIMIZERS.
@@ -94,12 +100,15 @@ class SGDLearner(Looks):
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
         self.mom = mom if opt_func is None else None
         self.accumulate, self.parallel, self.scaler = accumulate, None, None
+        self.adding = None  # the epoch, and the number of the group of batches, whose gradients are added up
         self.first_epoch = self.first_batch = 0  # of the fit; more where a callback puts back one that was cut short
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
-        model = model.to(getattr(dls, "device", None) or "cpu", memory_format=torch.channels_last)
+        model = model.to(device_of(dls), memory_format=torch.channels_last)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
         if opt_func is None:
             opt_func = maker(optimizer, mom)
+        elif isinstance(opt_func, OptimWrapper):
+            raise ValueError("opt_func is an optimizer that exists already; pass partial(OptimWrapper, opt=…)")
         elif isinstance(opt_func, partial) and opt_func.func is OptimWrapper:
             opt_func = partial(GroupedOptimizer, *opt_func.args, **opt_func.keywords)
         ours = [EpochRecorder if cb is Recorder else cb for cb in defaults.callbacks] if default_cbs else []
@@ -113,7 +122,7 @@ class SGDLearner(Looks):
     @property
     def device(self):
         """The device that computes."""
-        return torch.device(getattr(self.dls, "device", None) or "cpu")
+        return device_of(self.dls)
 
     def set_precision(self, precision, **scaler):
         """Computes forward passes in float32, bf16 or fp16 from now on. Raises ValueError for fp16 off CUDA."""
@@ -186,8 +195,10 @@ class SGDLearner(Looks):
     def _do_grad_opt(self):
         """As fastai's; with `accumulate` a step is made of the mean loss of so many batches, or of those left."""
         if self.accumulate > 1:
-            first = self.iter - self.iter % self.accumulate
-            self.loss_grad = self.loss_grad / min(self.accumulate, self.n_iter - first)
+            first, group = self.iter - self.iter % self.accumulate, (self.epochs_trained, self.iter // self.accumulate)
+            if group != self.adding:
+                self.opt.zero_grad()  # of a group that a callback has cut short
+            self.adding, self.loss_grad = group, self.loss_grad / min(self.accumulate, self.n_iter - first)
         self._with_events(self._backward, "backward", CancelBackwardException)
         if self.updates_after(self.iter):
             self._with_events(self._step, "step", CancelStepException)
@@ -264,7 +275,8 @@ class SGDLearner(Looks):
             return super()._with_events(f, event_type, ex, final)
         self.fitting, savers = True, L(cb for cb in self.cbs if isinstance(cb, SaveModelCallback))
         for cb in savers:
-            cb.last_saved_path = None
+            if cb.reset_on_fit or cb.best is None:
+                cb.last_saved_path = None
         try:
             super()._with_events(f, event_type, ex, final)
         except BaseException:
@@ -279,7 +291,7 @@ class SGDLearner(Looks):
 
     def save(self, file, with_opt=True, **kwargs):
         """As fastai's; the file is whole or absent."""
-        state = self.model.state_dict()
+        state = get_model(self.model).state_dict()
         state = {"model": state, "opt": self.opt.state_dict()} if with_opt and self.opt else state
         if not isinstance(file, (str, Path)):  # an open file
             torch.save(state, file, **kwargs)
@@ -312,6 +324,7 @@ def build(config, dls, model, precision="float32", cbs=None):
         cbs.append(EMA(config.ema))
     if config.mixup or config.cutmix:
         cbs.append(MixUp(config.mixup) if config.mixup else CutMix(config.cutmix))
+        cbs[-1].stack_y = False  # fastai's reads it where a fit ends before it has begun
     if config.stop_after:
         cbs.append(StopEarly(config.monitor, patience=config.stop_after))
     if config.compile:

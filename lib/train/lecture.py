@@ -53,10 +53,9 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
     def __init__(
         self,
         max_batch_size,  # images
-        monitor="valid_loss",  # as ReduceLROnPlateau
         **options,  # as ReduceLROnPlateau
     ):
-        super().__init__(monitor, **options)
+        super().__init__(**options)
         self.max_batch_size, self.growths, self.first_size = max_batch_size, [], None
 
     def before_fit(self):

@@ -23,6 +23,7 @@ from lib.train.recorder import Evaluation
 STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)  # training, or its record
 OF_FITS = (HookCallback, ProgressCallback, ranks.DataParallel)  # not of a range test
 NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)  # by any look
+PLACE = "epoch", "rng"  # of loaders: ours and fastai's
 LOOP = "training epoch iter n_iter dl xb yb pred loss loss_grad pct_train train_iter n_epoch smooth_loss".split()
 
 
@@ -44,18 +45,18 @@ class Looks(Learner):
         """
         loop, cbs = {name: vars(self)[name] for name in LOOP if name in vars(self)}, self.cbs
         modes = [(m, m.training) for m in self.model.modules()]
-        epochs = [(dl, dl.epoch) for dl in self.dls.loaders if hasattr(type(dl), "plain")]
+        places = [(dl, {k: copy.copy(v) for k, v in vars(dl).items() if k in PLACE}) for dl in self.dls.loaders]
         self.cbs = L(cb for cb in cbs if takes_part(cb))
         try:
-            with preserved_generators() if self.fitting else ExitStack():
+            with preserved_generators(self.device) if self.fitting else ExitStack():
                 yield self
         finally:
             self.cbs = cbs
             vars(self).update(loop)
             for m, training in modes:
                 m.training = training
-            for dl, epoch in epochs:
-                dl.epoch = epoch
+            for dl, place in places:
+                vars(dl).update(place)
 
     def __enter__(self):
         """As fastai's, undisturbed. In the middle of a fit, callbacks are not told that one begins."""
@@ -159,6 +160,8 @@ class Looks(Learner):
         """
         rules = {getattr(f, "func", f).__name__: f for f in tuplify(suggest_funcs or ())}
         test = lr_range.run(self, lr_range.rates(start_lr, end_lr, num_it), stop_div)
+        if len(test.lrs) < 10:  # no rule reads so short a curve
+            lr_range.check_fall(test)
         suggestions = [lr_range.suggest(rule, test) for rule in rules.values()]
         if not self.fitting:
             self.recorder.lrs, self.recorder.losses = test.lrs.tolist(), test.smooth_losses.tolist()

@@ -26,12 +26,10 @@ class TrainingLoss(CrossEntropyLossFlat):
         self.weight = weight
 
     def __call__(self, pred, target, **kwargs):
-        reduction = self.func.reduction
-        if not torch.is_grad_enabled():
-            return cross_entropy(pred, target, reduction=reduction)
-        if self.weight is None:
-            return super().__call__(pred, target, **kwargs)
+        reduction, smoothing = self.func.reduction, self.func.label_smoothing * torch.is_grad_enabled()
+        if self.weight is None or not torch.is_grad_enabled():
+            return cross_entropy(pred, target, reduction=reduction, label_smoothing=smoothing)
         self.weight = self.weight.to(pred.device)
         weights = self.weight[target]
-        losses = weights * cross_entropy(pred, target, reduction="none", label_smoothing=self.func.label_smoothing)
+        losses = weights * cross_entropy(pred, target, reduction="none", label_smoothing=smoothing)
         return losses if reduction == "none" else losses.sum() / (weights.sum() if reduction == "mean" else 1)

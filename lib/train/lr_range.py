@@ -1,6 +1,5 @@
 """The LR range test: a mock training with a growing rate (Smith, arXiv 1506.01186; exponential form: fastai)."""
 
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -44,8 +43,7 @@ class RangeTest:
     @property
     def noise(self):
         """Standard deviation of the raw losses about the smoothed ones, up to the least of these."""
-        apart = np.where(np.isfinite(self.losses), self.losses - self.smooth_losses, np.nan)
-        return float(np.nanstd(apart[: int(self.smooth_losses.argmin()) + 1]))
+        return float(np.std((self.losses - self.smooth_losses)[: int(self.smooth_losses.argmin()) + 1]))
 
     @property
     def fall(self):
@@ -57,6 +55,7 @@ class RangeTestCallback(Callback):
     """Drives the mock training: one update for each rate, and the raw loss of each. Ends early where it diverges."""
 
     order, train_only = -5, True  # before what depends on how many epochs were trained
+    name = "lr_finder"  # as fastai's, which callbacks ask for
 
     def __init__(
         self,
@@ -103,24 +102,18 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
 
     The first two updates, which allocate memory, do not count for the seconds.
     """
-    loader = learn.dls.train
-    if len(loader) == 0:
+    if len(learn.dls.train) == 0:
         raise BadInput("the range test needs at least one training batch")
-    before = {name: copy.copy(value) for name, value in vars(loader).items() if name in ("epoch", "rng")}
-    valid = learn.dls.valid if on_valid else None
-    sample = [valid.plain(valid.bs) if hasattr(type(valid), "plain") else valid.one_batch()] if on_valid else []
-    with preserved_generators():
-        try:
-            test = RangeTestCallback(lrs, stop_div, sample, on_update)
-            twin = learn.twin()
-            updates = -(-len(loader) // twin.accumulate)  # an epoch has
-            twin.fit(-(-len(lrs) // updates), cbs=test)
-        finally:
-            vars(loader).update(before)
-    n = len(test.curve)
+    sample = [learn.dls.valid.plain(learn.dls.valid.bs)] if on_valid else []
+    with learn.undisturbed(), preserved_generators(learn.device):
+        test = RangeTestCallback(lrs, stop_div, sample, on_update)
+        twin = learn.twin()
+        updates = -(-len(learn.dls.train) // twin.accumulate)  # an epoch has
+        twin.fit(-(-len(lrs) // updates), cbs=test)
+    n = int(np.isfinite(test.curve).cumprod().sum())  # up to the first loss that is not finite, as fastai has it
     seconds = float(np.median(np.diff(test.times)[min(2, n - 2) :])) if n > 1 else math.nan
     last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
-    return RangeTest(last, np.array(test.curve), twin.epoch + 1, len(lrs), seconds)
+    return RangeTest(last, np.array(test.curve[:n]), twin.epoch + 1, len(lrs), seconds)
 
 
 def rates(start_lr, end_lr, num_it, linear=False):
@@ -145,15 +138,15 @@ def find(learn, start_lr=1e-5, end_lr=10, num_it=100, stop_div=True, linear=Fals
 
 def smoothed(losses, width):
     """`losses` (n,) under a Gaussian window of standard deviation `width` points. Centred, so that no feature moves."""
-    finite, position = np.isfinite(losses), np.arange(len(losses))
-    weight = np.exp(-0.5 * ((position[:, None] - position) / max(width, 0.5)) ** 2) * finite
-    return weight @ np.where(finite, losses, 0) / np.maximum(weight.sum(1), 1e-12)
+    position = np.arange(len(losses))
+    weight = np.exp(-0.5 * ((position[:, None] - position) / max(width, 0.5)) ** 2)
+    return weight @ losses / weight.sum(1)
 
 
 def check_fall(test):
     """Raises BadInput where the curve of a RangeTest has no fall that stands out of its noise."""
     losses, smooth, head = test.losses, test.smooth_losses, max(len(test.losses) // 10, 3)
-    if len(losses) < 10 or not np.isfinite(losses[:head]).all():
+    if len(losses) < 10:
         raise BadInput(f"--lr find: the loss diverged at once; {REMEDY}")
     start = smooth[:head].mean()
     if test.fall < max(0.02 * abs(start), test.noise):

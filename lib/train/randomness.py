@@ -13,10 +13,10 @@ def seed_from(*numbers):
 
 
 @contextmanager
-def preserved_generators():
-    """Puts the global generators of Python, numpy and torch back as they were."""
+def preserved_generators(device):
+    """Puts the global generators of Python, numpy and torch, on the CPU and on the CUDA `device`, back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -63,9 +63,8 @@ def on_first(function, elsewhere=None):
 
 
 def total(values):
-    """The sum over the ranks of a float64 CPU tensor, the same to the bit on each of them."""
-    if world() > 1:
-        dist.all_reduce(values)
+    """The sum over the ranks, of which there are several, of a float64 CPU tensor: the same to the bit on each."""
+    dist.all_reduce(values)
     return values
 
 
@@ -82,6 +81,12 @@ def same(value):
     if world() > 1:
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"), weights_only=True)
     return values[0]
+
+
+def check_same(what, value):
+    """Raises BadInput on a rank whose `value` is not that of the first."""
+    if same(value) != value:
+        raise BadInput(f"{what} differs from that of the first rank")
 
 
 def gathered(part, sizes):

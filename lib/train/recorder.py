@@ -15,7 +15,7 @@ from lib.cli import OneLine
 from lib.train import ranks
 from lib.train.plateau import check_sole_owner
 
-CHECK_EVERY = 50  # batches between looks at the losses: each look waits for the device
+CHECK_EVERY, CHECK_SECONDS = 50, 2  # between looks at the losses, whichever is sooner: each waits for the device
 
 
 class Diverged(OneLine):
@@ -98,6 +98,7 @@ class EpochRecorder(Recorder):
         self.smooth_loss, self.rows, self.hps = SmoothLoss(beta), [], {"lr": [], "mom": []}
         self.lrs, self.iters, self.losses, self.values = [], [], [], []
         self.under_way, self.start, self.metric_names = None, time.perf_counter(), L()
+        self.pending = []  # batches that are not yet read from the device
 
     def before_fit(self):
         check_sole_owner(self.learn)
@@ -111,7 +112,7 @@ class EpochRecorder(Recorder):
         names = [name for name in self.metric_names if name != "time"]
         self.metric_names = L(*names, *self.columns, *(["time"] if self.add_time else []))
         self.rows, self.hps, self.start = [], {"lr": [], "mom": []}, time.perf_counter()
-        self.under_way = None
+        self.under_way, self.pending, self.looked = None, [], time.perf_counter()
         self.begin_row()
 
     def begin_row(self):
@@ -120,10 +121,14 @@ class EpochRecorder(Recorder):
         self.row = {"epoch": None, "seconds": None, "lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
         self.in_epoch, self.trained, self.evaluated = False, [None] * (1 + len(self.train_scores)), []
         self.sums = [0.0, 0, 0]  # of losses, of correct predictions, of images
-        self.pending = []  # batches that are not yet read from the device
-        self.latest = {}  # loss and accuracy of those that were read last
-        self.evaluation.before_validate()
+        self.settle()
+        self.pending = []
+        self.latest = {}  # loss and accuracy of the batches that were read last
         self.computed = False  # whether the batch under way has a loss
+
+    def before_epoch(self):
+        super().before_epoch()
+        self.evaluation.before_validate()
 
     def before_train(self):
         super().before_train()
@@ -160,7 +165,8 @@ class EpochRecorder(Recorder):
             self.hps["lr"].append(lr), self.hps["mom"].append(momentum)
             for metric in self.train_scores:
                 metric.accumulate(learn)
-            if len(self.pending) >= CHECK_EVERY:
+            late = time.perf_counter() > self.looked + CHECK_SECONDS and not learn.parallel  # ranks look together
+            if len(self.pending) >= CHECK_EVERY or late:
                 self.check()
 
     def check(self):
@@ -168,8 +174,8 @@ class EpochRecorder(Recorder):
         if not self.pending:
             return
         batches, lrs, sizes, losses, correct = zip(*self.pending)
-        recent = slice(-len(self.pending), None)
-        self.losses[recent] = torch.stack(self.losses[recent]).cpu()
+        self.settle()
+        self.looked = time.perf_counter()
         sizes, losses = torch.tensor(sizes, dtype=torch.float64), torch.stack(losses).cpu().double()
         sums = torch.stack([losses * sizes, torch.stack(correct).cpu().double() * (sizes > 0), sizes])
         if self.learn.parallel:
@@ -191,9 +197,9 @@ class EpochRecorder(Recorder):
         self.trained = [self.row.get("train_loss"), *map(value_of, self.train_scores)]
 
     def after_validate(self):
-        self.evaluated = list(self.evaluation.values) if self.valid_metrics else []
-        loss, accuracy = self.evaluation.values[0], self.evaluation.accuracy
-        self.row |= {"valid_loss": loss, "valid_acc": accuracy}
+        values = list(self.evaluation.values)
+        self.evaluated = values if self.valid_metrics else []
+        self.row |= {"valid_loss": values[0], "valid_acc": self.evaluation.accuracy}
 
     def after_epoch(self):
         self.row["epoch"] = self.epoch + 1
@@ -211,8 +217,17 @@ class EpochRecorder(Recorder):
         self.values.append(self.learn.final_record)
         self.iters.append(self.smooth_loss.count)
         time_taken = [format_time(time.time() - self.start_epoch)] if self.add_time else []
-        self.logger(L(self.epoch, *self.learn.final_record, *time_taken))
+        self.log = L(self.epoch, *self.learn.final_record, *time_taken)
+        self.logger(self.log)
         self.begin_row()
+
+    def settle(self):
+        """Reads the moving averages of the pending batches from the device."""
+        if self.pending:
+            recent = slice(-len(self.pending), None)
+            self.losses[recent] = torch.stack(self.losses[recent]).cpu()
+
+    after_fit = settle  # of an epoch that was cut short
 
     def state_dict(self):
         """The record so far, that of the epoch under way included, as plain values and a tensor."""
@@ -228,10 +243,3 @@ class EpochRecorder(Recorder):
         last = self.under_way["row"] if self.under_way else self.rows[-1]
         self.hps = dict(zip(("lr", "mom"), state["hps"].tolist(), strict=True))
         self.start = time.perf_counter() - last["seconds"]
-
-    def plot_lr_find(self, *args, **kwargs):
-        """As fastai's; returns the figure, which fastai's does not."""
-        from matplotlib import pyplot
-
-        super().plot_lr_find(*args, **kwargs)
-        return pyplot.gcf()

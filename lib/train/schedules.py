@@ -33,15 +33,10 @@ class Scheduled(Callback):
             self.opt.set_hypers(**hypers)
 
 
-def on_plateau(config, kind, **options):
-    """A callback of the class `kind` with the settings that plateau and grow_batch share."""
+def plateau(config, lr, kind=ReduceLROnPlateau, **options):
+    """The rate stays, and falls by --factor on each plateau of --monitor."""
     options |= dict(monitor=config.monitor, factor=config.factor, min_lr=config.min_lr)
     return kind(**options, warmup_epochs=config.warmup_epochs, **plateau_options(config))
-
-
-def plateau(config, lr):
-    """The rate stays, and falls by --factor on each plateau of --monitor."""
-    return on_plateau(config, ReduceLROnPlateau)
 
 
 def grow_batch(config, lr):
@@ -49,7 +44,7 @@ def grow_batch(config, lr):
 
     Smith et al., arXiv 1711.00489: the noise of a step goes with lr / batch size.
     """
-    return on_plateau(config, GrowBatchOnPlateau, max_batch_size=config.max_batch_size)
+    return plateau(config, lr, GrowBatchOnPlateau, max_batch_size=config.max_batch_size)
 
 
 def scheduled(function):

@@ -1,14 +1,16 @@
 """How long a fit will take, from a few real steps."""
 
 import dataclasses
+import math
 import time
 
 import numpy as np
 
 from lib import models
-from lib.cli import duration, until
+from lib.cli import BadInput, duration, until
 from lib.train import lr_range, ranks
 from lib.train.learner import build
+from lib.train.recorder import value_of
 
 STEPS = 4  # that are timed; the first two are not counted
 PIXELS = 2**19  # of the images whose evaluation is timed
@@ -20,17 +22,21 @@ def step_seconds(learn, steps=STEPS):
     loader = learn.dls.train
     try:
         loader.world = ranks.world()
-        return lr_range.run(learn, np.full(steps, 1e-9), stop_div=False).step_seconds
+        seconds = lr_range.run(learn, np.full(steps, 1e-9), stop_div=False).step_seconds
     finally:
         loader.world = 1  # as before a fit
+    if math.isnan(seconds):
+        raise BadInput("the loss is not finite in the first steps; are the weights whole? or pass --precision float32")
+    return seconds
 
 
 def evaluation_seconds(learn):
     """Seconds of an evaluation of valid and test by one process, from one batch of valid."""
     valid, test = learn.dls.valid, getattr(learn.dls, "test", None)
     batch = valid.plain(max(PIXELS // learn.dls.store.size**2, 2))
+    learn.evaluate([batch])  # whose first pass may load what computes
     start = time.perf_counter()
-    learn.evaluate([batch])
+    value_of(learn.evaluate([batch]).scores[0])  # waits for the device
     images = len(valid.dataset) + (len(test.dataset) if test is not None else 0)
     return (time.perf_counter() - start) * images / len(batch[0])
 
@@ -45,7 +51,8 @@ def expectation(learn, config, precision, step=None):
     """(seconds, line that says so) of the epochs of a run, from its range test's `step` seconds or a few steps."""
     step = step if ranks.world() == 1 else None  # the range test's batches were whole
     seconds = config.epochs * epoch_seconds(learn, step or step_seconds(learn))
-    line = f"{config.epochs} epochs take about {duration(seconds)} here ({until(seconds)})"
+    takes = "epoch takes" if config.epochs == 1 else "epochs take"
+    line = f"{config.epochs} {takes} about {duration(seconds)} here ({until(seconds)})"
     if seconds > LONG and config.model != "small" and not config.pretrained:
         model = models.build("small", len(learn.dls.vocab), images=learn.dls.train.plain()[0])
         small = build(dataclasses.replace(config, model="small", freeze_epochs=0), learn.dls, model, precision)

@@ -46,5 +46,6 @@ def subset(source, root, n, test):
 
 
 def save(path, content):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
     print(f"-> {path}")

@@ -179,14 +179,15 @@ def best_rate(options, name, words):
 
 
 def tables(options, group):
-    """{table: {variant: words}} of a group. Best rates, where the question is about them, have a table of their own."""
+    """Yields (table, {variant: words}) of a group; best rates, where the question is about them, in a later one."""
     variants = {name: VARIANTS[name] for name in GROUPS[group][1]}
+    yield group, variants
     if not group.startswith(TUNED_GROUPS):
-        return {group: variants}
+        return
     with ThreadPoolExecutor(options.jobs) as pool:
         rates = list(pool.map(lambda pair: best_rate(options, *pair), variants.items()))
     best = {f"{name} at {rate:g}": [*variants[name], "--lr", f"{rate:g}"] for name, rate in zip(variants, rates)}
-    return {group: variants, f"{group}-best-rates": best}
+    yield f"{group}-best-rates", best
 
 
 def gap_and_state(runs):
@@ -232,7 +233,7 @@ def main():
     for group in options.groups:
         question = GROUPS[group][0]
         print(f"{group}: {question}", flush=True)
-        for table, variants in tables(options, group).items():
+        for table, variants in tables(options, group):
             todo = [(name, words, seed) for seed in options.seeds for name, words in variants.items()]
             with ThreadPoolExecutor(options.jobs) as pool:
                 done = list(pool.map(lambda job: run(options, *job[:2], options.epochs, job[2]), todo))

@@ -43,7 +43,7 @@ def measure(root, side, cache):
     return {
         "images": len(store),
         "side": side,
-        "store": "file" if cache else "memory",
+        "store": "named file" if cache else "unnamed file",
         "pixels_bytes": int(store.shapes.astype("int64").prod(1).sum()) * 3,
         "read_seconds": read,
         "loader_images_per_second": n / (time.perf_counter() - start),
