@@ -1,6 +1,7 @@
 """Figures from plain data. Each function returns a matplotlib Figure and touches no global state."""
 
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -38,9 +39,9 @@ def tidy(ax):
 
 
 def short(name, most=16):
-    """`name`, printable, cut to `most` characters, of which a fifth are its last: names often differ at the end."""
-    name, end = "".join(c if c.isprintable() else "?" for c in str(name)), most // 5
-    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"
+    """`name`, printable, cut to `most` characters."""
+    name = "".join(c if c.isprintable() else "?" for c in str(name))
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def results(
@@ -284,7 +285,7 @@ def comparison(
             if many:
                 for other in found.values():
                     ax.plot(other[0], other[2], color="#bbbbbb", lw=0.8)
-                ax.set_title(short(name, 34), fontsize=11, parse_math=False)
+                ax.set_title(textwrap.fill(short(name, 80), 34), fontsize=11, parse_math=False)
             ax.plot(x, mean, label=f"{name} (n = {n})", lw=2, **look)
             low, high = mean - deviation, np.minimum(mean + deviation, 1)
             ax.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0) if n > 1 else None
@@ -318,8 +319,9 @@ def draw_finals(figure, finals):
         if n > 1:
             half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
             ax.errorbar(np.mean(values), i, xerr=half, fmt="|", color=colour, ms=14, mew=2, capsize=4)
-    ax.set_yticks(range(len(finals)), [short(name, 26) for name in finals], parse_math=False)
-    ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy of the kept weights:\nseeds, mean, 95% interval")
+    names = [textwrap.fill(short(name, 80), 26) for name in finals]
+    ax.set_yticks(range(len(finals)), names, parse_math=False)
+    ax.set(ylim=(len(finals) - 0.5, -0.5), xlabel="test accuracy\nof the kept weights:\nseeds, mean, 95% interval")
     ax.set_xlim(None, min(ax.get_xlim()[1], 1.0005))
     ax.xaxis.set_major_locator(MaxNLocator(4))  # their numbers are long
     tidy(ax)
