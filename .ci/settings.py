@@ -59,8 +59,9 @@ GROUPS = {  # heading: (settings, notes)
         "epochs minutes seeds optimizer momentum weight_decay label_smoothing class_weights accumulate ema grad_noise "
         "perturb_on_plateau stop_after keep target",
         """
-        - Weight decay is torch's L2 penalty. BatchNorm and biases have none. Under `adam`, `rmsprop` and `adagrad` the
-          penalty too is divided by the size of the gradients (Loshchilov & Hutter, arXiv 1711.05101).
+        - Weight decay is torch's L2 penalty. Norms and biases, and the tokens and positions of transformers, have none.
+          Under `adam`, `rmsprop` and `adagrad` the penalty too is divided by the size of the gradients (Loshchilov &
+          Hutter, arXiv 1711.05101).
         - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
           training, with one exception: plateau watches the loss of the average. The decay is for each step: if a step
           has more images (`grow_batch`, `--accumulate`), the average goes back over more epochs.
@@ -78,7 +79,8 @@ GROUPS = {  # heading: (settings, notes)
         - The range test trains a copy of the network while the rate rises, by default from 1e-5 to 10. It leaves no
           trace: a run with `--lr find` that finds x equals a run with `--lr x` to the bit. With `--accumulate`,
           `--lr-iters` counts updates.
-        - `--lr` is the largest rate of every schedule.
+        - `--lr` is the largest rate of every schedule. With a number there is no range test, and the other settings of
+          this table have no effect.
         """,
     ),
     "Schedule": (
@@ -94,6 +96,9 @@ GROUPS = {  # heading: (settings, notes)
           `--ema` on other data, pass `--threshold 0.04` too; the value was chosen on CIFAR-10.
         - `one_cycle` sets the momentum itself, between `--max-momentum` and `--min-momentum`. `--momentum` then counts
           in its range test alone. `rmsprop` and `adagrad` have no momentum.
+        - Each setting acts under the schedules that its meaning names. `--patience-epochs`, `--threshold` and
+          `--cooldown-epochs` also count for `--perturb-on-plateau`. `--monitor` also counts for it, and for
+          `--stop-after`.
         """,
     ),
     "Augmentation": (
@@ -102,6 +107,8 @@ GROUPS = {  # heading: (settings, notes)
         - `standard` crops at random from a padded image, flips it in every other epoch, and masks one square (cutout).
         - `photo` crops at random places and scales, flips, changes colours a little, and masks one square.
         - `none` changes nothing. You can also pass a pipeline of your own: a file that albumentations' `A.save` wrote.
+        - `--cutout` and `--flip` act in `standard` and `photo`, `--crop-padding` in `standard` alone. With `none`, or
+          with a pipeline of your own, none of them acts.
         - `augment.yaml` in the run folder holds the pipeline of the run.
         """,
     ),
