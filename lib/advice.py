@@ -83,11 +83,8 @@ def too_small(run):
     if not last or mixed(run) or uncut or run["args"]["pretrained"]:
         return None
     numbers = f"train {train:.4f}, {more:+.4f} in the last {counted(last, 'epoch')}; test {test:.4f}"
-    return (
-        max(train, test) < 0.9 and more <= 0.01,
-        numbers,
-        f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}.",
-    )
+    text = f"A network that learns more: {' or '.join([*larger, '`--model resnet18 --pretrained`'])}."
+    return max(train, test) < 0.9 and more <= 0.01, numbers, text
 
 
 def never_cut(run):

@@ -162,6 +162,13 @@ def hostile(tmp_path):
     return tmp_path / "in"
 
 
+def test_links_that_lead_to_no_image_are_named(trained, hostile, capsys):
+    (hostile / "gone.png").symlink_to(hostile / "nowhere.png")
+    (hostile / "more").symlink_to(hostile.parent)
+    status, rows, err = table([trained[0], hostile], capsys)
+    assert status == 2 and len(rows) == 3 and err.count("is passed over; links to folders") == 2
+
+
 def test_hostile_names_survive_csv(trained, hostile, capsys):
     status, rows, _ = table([trained[0], hostile], capsys)
     assert status == 0 and [row["file"] for row in rows] == [str(hostile / name) for name in (HOSTILE, "b.png", RETURN)]

@@ -1,6 +1,7 @@
 """Several processes against one. The ranks are forked from the tests' process, which saves them the imports."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,15 @@ def test_what_ends_one_rank_ends_all(fault, status, words, bands, tmp_path):
     assert time.monotonic() - start < 60
     assert words in said(tmp_path)
     assert checkpoint.load(tmp_path / "runs/run/weights/last.pt")["epochs_trained"] == 1
+
+
+def test_ranks_with_other_images_end_all(bands, tmp_path):
+    other = shutil.copytree(bands, tmp_path / "other")
+    min(other.rglob("*.png")).unlink()
+    argv = ["--out", str(tmp_path / "runs"), *ARGS]
+    status = on_ranks(2, lambda rank: main(["--data", str([bands, other][rank]), *argv]), tmp_path)
+    assert status[1] == 2 and 0 not in status, said(tmp_path)
+    assert "error: rank 1: the images of --data" in said(tmp_path) and not list((tmp_path / "runs").glob("*/*.csv"))
 
 
 def test_bad_data_on_ranks_ends_all(tmp_path):

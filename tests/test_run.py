@@ -253,13 +253,14 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path, bands, cache, capsys
     program += "print('held', flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], cwd=ROOT, **pipes)
-    assert other.stdout.readline() == b"held\n"
+    assert other.stdout.readline() == b"held\n" and runs.in_use(tmp_path / "x")
     capsys.readouterr()
     assert main(["--resume", str(tmp_path / "x")]) == 2
     err = capsys.readouterr().err
     assert "x: another process trains in it" in err and err.count("\n") == 1
     assert (tmp_path / "x/summary.json").read_text() == summary and (tmp_path / "x/env.json").read_text() == env
     other.communicate(b"\n")
+    assert not runs.in_use(tmp_path / "x") and not runs.in_use(tmp_path)
     runs.locked(tmp_path / "x").close()
     assert main(["--resume", str(tmp_path / "x"), "--epochs", "2"]) == 0
 

@@ -257,9 +257,9 @@ def check_apart(config, root):
     root = root.resolve()
     for name in ("out", "cache"):
         written = Path(getattr(config, name) or root.parent).expanduser().resolve()
-        for folder in find_sets(root).values() if written.is_relative_to(root) else ():
-            hidden = any(part.startswith(".") for part in written.relative_to(root).parts)
-            if written.is_relative_to(folder) and not hidden:
+        within = written.relative_to(root).parts if written.is_relative_to(root) else (".",)
+        for folder in find_sets(root).values() if not any(part.startswith(".") for part in within) else ():
+            if written.is_relative_to(folder):
                 raise BadInput(f"--{name} {written}: lies among the class folders of {folder}; pass another folder")
 
 
