@@ -125,6 +125,13 @@ def test_images_to_be_predicted_are_no_link(tmp_path):
     assert folders.unlabelled(root) == []
 
 
+def test_a_class_may_have_the_name_of_images_to_be_predicted(tmp_path):
+    root = tree(tmp_path / "photos", {"": {"train": 9, "car": 9, "unlabelled": 9}})
+    sets = folders.find_images(root, 0.2, 0)
+    assert {name for images in sets for _, name in images} == {"train", "car", "unlabelled"}
+    assert folders.unlabelled(root) == []
+
+
 def test_a_set_without_train_is_said_to_be_a_class(tmp_path, capsys):
     folders.find_images(tree(tmp_path / "photos", {"": {"cats": 9, "dogs": 9, "test": 9}}), 0.1, 0)
     assert "photos/test: is taken as a class" in capsys.readouterr().out

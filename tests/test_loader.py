@@ -13,7 +13,7 @@ from fastai.data.load import SkipItemException
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
-from fastai.vision.augment import Resize
+from fastai.vision.augment import CropPad, Resize
 from fastai.vision.core import PILImage, ToTensor
 from fasttransform import Transform
 from PIL import Image
@@ -87,10 +87,10 @@ def test_a_transform_that_is_added_takes_effect_everywhere(dls):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda dl: dl.new(after_item=[Invert(), loader.CentreCrop(16), ToTensor()]),
+        lambda dl: dl.new(after_item=[Invert(), CropPad(16), ToTensor()]),
         lambda dl: dl.new(create_item=lambda i: (PILImage.create(np.zeros((16, 16, 3), np.uint8)), TensorCategory(0))),
         lambda dl: dl.new(before_batch=[lambda items: [(x + 1, y) for x, y in items]]),
-        lambda dl: dl.new(after_item=[loader.CentreCrop(16), ToTensor()]) if dl.shuffle else dl.new(after_item=Invert),
+        lambda dl: dl.new(after_item=[CropPad(16), ToTensor()]) if dl.shuffle else dl.new(after_item=Invert),
         lambda dl: dl.new(after_item=[Resize(20), ToTensor()]),
         lambda dl: dl.new(after_batch=[]),
     ],
@@ -171,7 +171,7 @@ def test_tta_draws_from_the_item_transforms_that_it_is_given(dls, tmp_path):
     learn = Learner(dls, model, CrossEntropyLossFlat(), path=tmp_path, cbs=See())
     turn = AlbumentationsTransform([A.Rotate(p=1)])
     with learn.no_bar():
-        learn.tta(n=2, item_tfms=[turn, loader.CentreCrop(16), ToTensor()], batch_tfms=list(dls.valid.after_batch.fs))
+        learn.tta(n=2, item_tfms=[turn, CropPad(16), ToTensor()], batch_tfms=list(dls.valid.after_batch.fs))
     augmented, plain = seen[0], seen[-1]
     assert (plain == dls.valid.one_batch()[0]).all() and (augmented != plain).flatten(1).any(1).all()
 

@@ -1,8 +1,5 @@
 """Archives, unpacked whole or refused."""
 
-import bz2
-import gzip
-import lzma
 import shutil
 import sys
 import tarfile
@@ -17,7 +14,7 @@ from lib.runs import whole_folder
 MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
 MAX_UNPACKED = 500_000_000_000  # bytes
 MAX_RATIO, SMALL = 100, 1 << 30  # an archive becomes at most so many times its size, or SMALL bytes: drawings pack well
-MAX_HEADER = 1 << 22  # bytes of an archive that are read at once: tarfile reads long names whole
+MAX_HEADER = 1 << 22  # bytes of a long name, which tarfile reads whole
 SPECIAL = "is no plain file or folder"
 
 
@@ -50,9 +47,7 @@ def members(archive):
     """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
     with open(archive, "rb") as file:
         start = file.read(262)
-    opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), open)
-    tar = opener is not open or start.endswith(b"ustar")  # its last member may be a zip
-    if not tar and zipfile.is_zipfile(archive):
+    if start.startswith((b"PK\3\4", b"PK\5\6")) or (archive.suffix.lower() == ".zip" and zipfile.is_zipfile(archive)):
         try:
             z = zipfile.ZipFile(archive, metadata_encoding="utf-8")  # of names whose flag does not say so
         except UnicodeDecodeError:
@@ -66,12 +61,12 @@ def members(archive):
                 fault = "is encrypted" if m.flag_bits & 1 else "" if plain else SPECIAL
                 yield m.filename, m.file_size, fault, None if m.filename.endswith(("/", "\\")) else partial(z.open, m)
         return
-    with opener(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as t:
+    with tarfile.open(archive, tarinfo=Header) as t:
         for m in t:
             plain = m.isdir() or (m.isreg() and not m.issparse())
             yield m.name, m.size, "" if plain else SPECIAL, None if m.isdir() else partial(t.extractfile, m)
         for _ in range(SMALL // MAX_HEADER):  # a checksum is behind the last byte
-            if not file.read(MAX_HEADER):
+            if not t.fileobj.read(MAX_HEADER):
                 return
         raise ValueError("it goes on for long after its last member")
 
@@ -88,21 +83,12 @@ class Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise ValueError(f"a member or the end is damaged or missing ({error})") from None
 
-
-class Bounded:
-    """A packed file that gives no more than MAX_HEADER bytes at once, however many are asked for."""
-
-    def read(self, size=-1):
-        if not 0 <= size <= MAX_HEADER:
-            raise ValueError(f"a name or header of {size:,} bytes")
-        return super().read(size)
-
-
-PACKED = {  # first bytes: what reads it
-    b"\x1f\x8b": type("Gzip", (Bounded, gzip.GzipFile), {}),
-    b"\xfd7zXZ\0": type("Xz", (Bounded, lzma.LZMAFile), {}),
-    b"BZh": type("Bzip2", (Bounded, bz2.BZ2File), {}),
-}
+    @classmethod
+    def frombuf(cls, *args):
+        header = super().frombuf(*args)
+        if header.size > MAX_HEADER and not header.isreg():
+            raise ValueError(f"a name or header of {header.size:,} bytes")
+        return header
 
 
 def fault_of(where, number, total, most):

@@ -4,7 +4,6 @@ import os
 import stat
 import threading
 import warnings
-import zlib
 from contextlib import nullcontext
 from importlib.util import find_spec
 from io import BytesIO
@@ -19,7 +18,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"
 EXTENSIONS += HEIF if find_spec("pillow_heif") else ()
 KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM")  # by content; Pillow hands EPS to Ghostscript
 MAX_PIXELS = 178_956_970  # an image of more is refused from its header by Pillow, before it takes memory
-MANY_PIXELS = 2**24  # images of more are decoded one at a time
+MANY_PIXELS = 2**24  # images that take memory for more are decoded one at a time
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
 MAX_ASPECT = 100  # longer side / shorter side
 RESIZE_RULE = (
@@ -27,8 +26,6 @@ RESIZE_RULE = (
     "side to `size` (bicubic), central `size` x `size` pixels, / 255, - mean, / std"
 )
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by EXIF's orientation
-END = b"\xff\xd9"  # the marker at the end of a JPEG
-GARBAGE = (b"\xa5\x5a\xf1" * 20, b"\xfe\x7f" * 30)  # changes pixels where it takes the place of missing ones
 large = threading.Lock()  # held where an image may take much memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half as many pixels
 
@@ -44,7 +41,7 @@ def read(image, size, levels=None, seen=None):
         if isinstance(image, (str, os.PathLike)):
             image = file_content(image)
         if isinstance(image, bytes):
-            return from_content(image, size, levels, seen)
+            return decoded(image, size, levels, seen)
         image = image if isinstance(image, Image.Image) else from_array(image)
         return resized(upright_rgb(image, levels, seen), size)
     except (BadInput, MemoryError):
@@ -88,32 +85,12 @@ def kinds_of(content):
     return KINDS
 
 
-def from_content(content, size, levels, seen):
-    try:
-        return decoded(content, size, levels, seen)
-    except OSError:
-        if not (content.startswith(b"\xff\xd8") and lacks_its_end_alone(content)):
-            raise
-        return decoded(content + END, size, levels, seen)
-
-
-def lacks_its_end_alone(content):
-    """Whether a JPEG lacks nothing but its end marker. If so, bytes that are put there change no pixel."""
-    sums = set()
-    for more in (b"", *GARBAGE):
-        try:
-            with large, Image.open(BytesIO(content + more + END), formats=["JPEG"]) as image:
-                sums.add(zlib.crc32(np.asarray(image)))
-        except (OSError, SyntaxError):
-            return False
-    return len(sums) == 1
-
-
 def decoded(content, size, levels, seen):
     with Image.open(BytesIO(content), formats=kinds_of(content)) as image:
-        many = image.width * image.height > MANY_PIXELS
+        whole = image.width * image.height
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
-        with large if many else nullcontext():
+        saved = 1 if image.info.get("progressive") else 4  # a progressive one takes memory for all its pixels
+        with large if max(image.width * image.height, whole / saved) > MANY_PIXELS else nullcontext():
             if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in image.tile):
                 image = deep_colours(content, image, levels, seen)
             return resized(upright_rgb(image, levels, seen), size)

@@ -208,7 +208,8 @@ def flat(found):
 def unlabelled(root):
     """The images of `root` to be predicted. They are in a test set without classes beside train/, or in pred/."""
     found = by_set(root)
-    return [p for folder in flat(found) for p in images_in(folder, defaultdict(list))] if found["train"] else []
+    folders = flat(found) if any(map(folders_in, found["train"])) else []  # else all of them are classes
+    return [p for folder in folders for p in images_in(folder, defaultdict(list))]
 
 
 def check_classes(root, found):

@@ -3,7 +3,6 @@
 import dataclasses
 import random
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, apply, to_device
+from fastai.torch_core import TensorCategory, TensorImage, to_device
+from fastai.vision.augment import CropPad
 from fastai.vision.core import PILImage
 from fastcore.foundation import L
 from fasttransform import Transform
@@ -48,18 +48,6 @@ class ReadImage(Transform):
         return PILImage.create(decode.read(x, self.size, self.levels))
 
 
-class CentreCrop(Transform):
-    """The central `size` x `size` pixels of a larger image."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def encodes(self, x: PILImage):
-        fits = max(x.size) == self.size or min(x.size) < self.size
-        return x if fits else type(x).create(centre(np.asarray(x), self.size))
-
-
 class NormalizeInPlace(Normalize):
     """fastai's Normalize, the same numbers in a fifth of the time, for batches that the loader has just made.
 
@@ -80,21 +68,6 @@ class NormalizeInPlace(Normalize):
         return x.sub_(self.mean_image).div_(self.std_image)
 
 
-def copied_beside(batch, device, stream):
-    """A pinned `batch` on a CUDA device, copied on `stream` while the device computes what it was asked for before."""
-    with torch.cuda.stream(stream):
-        batch = to_device(batch, device, non_blocking=True)
-    computing = torch.cuda.current_stream(device)
-    computing.wait_stream(stream)
-
-    def used(x):
-        if isinstance(x, torch.Tensor):
-            x.record_stream(computing)  # its memory is not taken anew before it has been used
-        return x
-
-    return apply(used, batch)
-
-
 class StoreDL(TfmdDL):
     """A fastai loader that makes whole batches from a `Store`, without an object an item in between.
 
@@ -110,7 +83,7 @@ class StoreDL(TfmdDL):
         seed=0,
         epoch=0,
         order=shuffled,  # function of (seed, epoch, labels) that gives the order of a shuffled pass, (n,) int64
-        item_tfms=(),  # AlbumentationsTransform, CentreCrop, ToTensor: those that a whole batch goes without
+        item_tfms=(),  # AlbumentationsTransform, CropPad, ToTensor: those that a whole batch goes without
         **kwargs,  # as fastai's TfmdDL
     ):
         state = random.getstate()
@@ -148,11 +121,10 @@ class StoreDL(TfmdDL):
         with signals_held(), torch.random.fork_rng([]):  # worker processes are seeded from it
             torch.default_generator.manual_seed(self.seed * 2**32 + self.epoch)
             batches = iter(_loaders[self.fake_l.num_workers == 0](self.fake_l))
-        beside = self.pin_memory and getattr(self.device, "type", "") == "cuda"
-        copy = partial(copied_beside, stream=torch.cuda.Stream(self.device)) if beside else to_device
         for batch in batches:
             batch = tuple(batch) if type(batch) is list else batch  # as pinned memory has it
-            yield self.after_batch(batch if self.device is None else copy(batch, self.device))
+            batch = batch if self.device is None else to_device(batch, self.device, non_blocking=self.pin_memory)
+            yield self.after_batch(batch)
         self.after_iter()
         self.epoch += self.shuffle
 
@@ -196,8 +168,8 @@ class StoreDL(TfmdDL):
         return same and not PER_ITEM & vars(self).keys() and None not in [self.ids[i] for i in idxs]
 
     def whole_batch(self, idxs):
-        augment, crop, _ = self.item_tfms
-        augmented, size = self.after_item.split_idx == augment.split_idx, crop.size
+        augment, size = self.item_tfms[0], self.store.size
+        augmented = self.after_item.split_idx == augment.split_idx
         images = np.empty((len(idxs), size, size, 3), np.uint8)
         for row, number in enumerate(self.ids[i] for i in idxs):
             image = self.store[number]
@@ -293,7 +265,7 @@ def get_dls(config, device="cpu"):
     splits = [[store.index[path] for path, _ in images] for images in sets]
     mean, std = pretrained_stats(config) if config.pretrained else store.stats(splits[0])
     augment = AlbumentationsTransform(pipeline(config, size, (mean * 255).tolist()), config.seed, size)
-    item_tfms = (augment, CentreCrop(size), ToTensor())
+    item_tfms = (augment, CropPad(size), ToTensor())
     categorize = Categorize(vocab=sorted({name for images in sets for _, name in images}))
     block = DataBlock(
         blocks=(TransformBlock(batch_tfms=IntToFloatTensor), TransformBlock(categorize)),

@@ -20,7 +20,7 @@ from lib.machine import cores
 from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
-FORMAT = 5  # of the files of decoded images
+FORMAT = 6  # of the files of decoded images
 CHUNK, CHUNK_BYTES = 256, 2**24  # images that a thread decodes at a time, and about the most bytes they make
 STATS_PIXELS = 2**18  # that are counted together
 
