@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import fastai.callback
@@ -224,14 +225,15 @@ def test_the_best_model_is_saved_and_loaded(learner, tmp_path):
     assert fingerprint(saved) == seen[best] == fingerprint(learn.model.state_dict())
 
 
-def test_nothing_of_another_run_is_loaded(learner, tmp_path):
+@pytest.mark.parametrize("name", ["best", Path("best")])
+def test_nothing_of_another_run_is_loaded(name, learner, tmp_path):
     """Trap 7: a fit that was never better than before loads an old file."""
     old = learner()
     old.save("best", with_opt=False)
     learn = learner(cbs=TerminateOnNaNCallback())
     nan = Callback(after_pred=lambda self: setattr(self.learn, "pred", self.learn.pred * torch.nan))
     with pytest.warns(UserWarning, match="nothing is loaded"):
-        learn.fit(1, 0.1, cbs=[SaveModelCallback(fname="best"), nan])
+        learn.fit(1, 0.1, cbs=[SaveModelCallback(fname=name), nan])
     assert learn.model.head.weight.isnan().all()
     with pytest.raises(Diverged):
         learner().fit(1, 0.1, cbs=[SaveModelCallback(fname="best"), nan])
@@ -499,7 +501,7 @@ def test_what_callbacks_set_is_undone_however_the_fit_ends(learner, error):
     with nullcontext() if error is CancelFitException else pytest.raises(error):
         learn.fit(4, 0.05, cbs=[grow, MixUp(), Stop()])
     assert len(learn.recorder.rows) == 2  # it ended in the third epoch
-    assert learn.dls.train.bs == 16 and grow.growths and learn.ema.average is None
+    assert learn.dls.train.bs == 16 and grow.changes and learn.ema.average is None
     assert type(learn.loss_func).__name__ == "CrossEntropyLossFlat" and not learn.fitting
     learn.fit(1, 0.05)
     assert len(learn.recorder.rows) == 1 and learn.recorder.rows[0]["batch_size"] == 16

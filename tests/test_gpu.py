@@ -15,7 +15,6 @@ import torch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
-from fastai.torch_core import TensorCategory, TensorImage
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,35 +70,6 @@ def pretended(parse, monkeypatch, *argv):
         for dl in (dls, *dls.loaders):
             dl.device = torch.device("cuda")
         yield settings, train.build(settings, dls, model, "bf16"), copies.seen
-
-
-class Stream:
-    """Writes into `told` what is asked of a CUDA stream."""
-
-    def __init__(self, name, told):
-        self.name, self.told = name, told
-
-    def __enter__(self):
-        self.told.append(f"on {self.name}")
-
-    def __exit__(self, *exception):
-        self.told.append(f"off {self.name}")
-
-    def wait_stream(self, other):
-        self.told.append(f"{self.name} waits for {other.name}")
-
-
-def test_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
-    told = []
-    computing, beside = Stream("computing", told), Stream("beside", told)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(loader, "to_device", lambda b, device, non_blocking: told.append(f"copy {non_blocking}") or b)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: told.append(f"{stream.name} has {len(x)}"))
-    batch = TensorImage(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), TensorCategory(torch.arange(2)), "a name"
-    copied = loader.copied_beside(batch, torch.device("cuda"), beside)
-    assert told == ["on beside", "copy True", "off beside", "computing waits for beside", *["computing has 2"] * 2]
-    assert type(copied) is tuple and [type(x) for x in copied] == [type(x) for x in batch]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -160,13 +130,13 @@ def test_no_batch_waits_for_the_device(parse, monkeypatch):
     monkeypatch.setattr(recorder, "value_of", lambda metric: 0.0)
     monkeypatch.setattr(recorder.Evaluation, "accuracy", 0.0)
     with pretended(parse, monkeypatch, "--ema", 0.99, "--schedule", "one_cycle") as (settings, learn, copies):
-        learn.loss_func.weight = torch.ones(10)
+        learn.loss_func.func.weight = torch.ones(10)
         copies.clear()
         schedules.fit(learn, settings, 0.05)
     assert looks == [5, 3] * 2
     assert {place for *way, place in copies if way == ["cuda", "cpu"]} == {"recorder.py:check", "recorder.py:settle"}
     there = [place for *way, place in copies if way == ["cpu", "cuda"] and place != "loader.py:__iter__"]
-    assert sorted(there) == ["loss.py:__call__", "recorder.py:accumulate"]  # once in all
+    assert sorted(there) == ["learner.py:_call_one", "recorder.py:accumulate"]  # class weights, metrics: once in all
 
 
 def scaled(learn):

@@ -26,7 +26,10 @@ def test_torchvisions_networks_have_a_layer_by_rule(name, size, side):
 def test_the_layer_is_the_last_that_fits():
     model = zoo.build("resnet18", 3)
     assert layers.cam_layer(model, 224) is model.layer4
+    model.layer3.eval()  # as where its BatchNorm is frozen
+    modes = [m.training for m in model.modules()]
     assert layers.cam_layer(model, 32) is model.layer2
+    assert [m.training for m in model.modules()] == modes
 
 
 def test_a_network_that_does_not_fit_the_images_is_one_line():

@@ -30,7 +30,7 @@ def follow(monkeypatch):
         share, seconds, work, found = ShareCores(**options), 0.0, 0.0, []
         monkeypatch.setattr(sharing, "WINDOW", 1.0)
         monkeypatch.setattr(sharing, "time", SimpleNamespace(perf_counter=lambda: seconds))
-        busy = lambda: machine.Busy(100 + work + seconds, seconds, most)  # one core is ours
+        busy = lambda: (100 + work, most)
         monkeypatch.setattr(sharing, "busy_seconds", busy)
         share.before_fit()
         for load in loads:
@@ -72,7 +72,7 @@ def test_a_busy_program_is_seen_and_this_one_is_not():
     finally:
         busy.kill()
         busy.wait()
-    seconds, most = after[0] - before[0], after[1].cores  # whose work was counted; a quota allows fewer
+    seconds, most = after[0] - before[0], after[1][1]  # whose work was counted; a quota allows fewer
     error, seen = 0.05 * most, others(before, after) * seconds  # the system counts in hundredths, for each core
     assert its - error < seen < most * seconds - ours + error and its > 0.1
 
@@ -112,7 +112,7 @@ def test_the_range_test_and_the_fit_look_while_they_train(make, monkeypatch):
             seen.append(torch.get_num_threads())
 
     monkeypatch.setattr(sharing, "WINDOW", 0.0)
-    monkeypatch.setattr(sharing, "busy_seconds", lambda: machine.Busy(2 * time.perf_counter(), 0.0, 2))
+    monkeypatch.setattr(sharing, "busy_seconds", lambda: (2 * time.perf_counter(), 2))
     torch.set_num_threads(2)
     _, learn = make("--lr", "0.01")
     seen = []

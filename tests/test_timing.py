@@ -33,6 +33,13 @@ def test_an_epoch_is_its_updates_and_its_evaluations(make, monkeypatch):
     assert timing.epoch_seconds(learn, 3.0) == pytest.approx(updates * 3 + 0.5 / batch * n_eval)
 
 
+def test_the_first_two_updates_alone_are_not_timed(make, monkeypatch):
+    _, learn = make()
+    ends = iter([3.0, 9.0, 10.0, 12.0])  # they take 3, 6, 1 and 2 seconds
+    monkeypatch.setattr(lr_range, "time", types.SimpleNamespace(perf_counter=lambda: next(ends)))
+    assert timing.step_seconds(learn, 4) == 1.5
+
+
 def test_a_rank_times_its_slice_of_a_batch(make, monkeypatch):
     config, learn = make("-b", 16)
     monkeypatch.setattr(timing, "ranks", types.SimpleNamespace(world=lambda: 4))

@@ -3,10 +3,7 @@
 import numpy as np
 from sklearn import metrics
 
-from lib.train.averaging import macro_f1
-
 TOP_5 = 20  # classes from which top-5 accuracy says something
-UNEVEN = 1.5  # times as many images as the smallest class: then accuracy hides that class
 CLASS_COLUMNS = ("class", "precision", "recall", "f1", "images")
 BIN_COLUMNS = ("from", "to", "images", "confidence", "accuracy")
 
@@ -38,7 +35,7 @@ def reliability(targets, p, bins=15):
 
 
 def calibration_error(rows):
-    """Expected calibration error of rows of `reliability`: mean |accuracy - confidence|, weighed by images (eq. 3)."""
+    """Expected calibration error (eq. 3) of rows of `reliability`: mean |accuracy - confidence| over the images."""
     return sum(r["images"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / sum(r["images"] for r in rows)
 
 
@@ -47,7 +44,7 @@ def overall(targets, p):
     predictions, classes = p.argmax(1), range(p.shape[1])
     there = dict(labels=np.unique(targets), average="macro")
     return {
-        "macro_f1": macro_f1(predictions, targets),
+        "macro_f1": float(metrics.f1_score(targets, predictions, average="macro", zero_division=0)),
         "balanced_acc": float(metrics.recall_score(targets, predictions, **there)),
         "calibration_error": calibration_error(reliability(targets, p)),
         "top5_acc": metrics.top_k_accuracy_score(targets, p, k=5, labels=classes) if len(classes) >= TOP_5 else None,

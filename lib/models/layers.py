@@ -1,5 +1,6 @@
 """The layer that GradCAM reads, and how its output becomes a map."""
 
+import copy
 import math
 
 import torch
@@ -41,7 +42,8 @@ def cam_layer(model, size):
     changes what the head sees. In a ViT that is the first norm of the last block: after it only the class token counts.
     Raises BadInput if the network does not take such images, or has no such layer.
     """
-    fitting, outputs, features = [], [], []  # features: what the head sees, as a fresh one may be zero
+    twin, found, features = copy.deepcopy(model).eval(), [], []  # found: (layer of `model`, its output)
+    ours = dict(zip(twin.modules(), model.modules()))
 
     def look(module, inputs, output):
         is_attention = isinstance(module, (nn.Dropout, nn.Softmax))  # its weights are square as well
@@ -50,24 +52,20 @@ def cam_layer(model, size):
             return
         maps = [x for x in inputs if torch.is_tensor(x) and x.dim() == 4]  # densely connected layers take lists
         if all(x.shape[2] >= image.shape[2] for x in maps):  # an enlarged map says no more
-            fitting.append(module)
-            outputs.append(output)
+            found.append((ours[module], output))
 
-    training, handles = model.training, [m.register_forward_hook(look) for m in model.modules() if m is not model]
-    handles += [m.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0])) for m in heads(model)]
-    example = next(model.parameters())
-    try:
-        model.eval()
-        x = torch.linspace(-2, 2, 3 * size**2, device=example.device, dtype=example.dtype).view(1, 3, size, size)
-        with torch.enable_grad(), refused(f"--model: does not take images of {size} pixels", "try another --size"):
-            logits = model(x.requires_grad_().clone())
-            seen = sum(x.square().sum() for x in features or [logits])
-            slopes = torch.autograd.grad(seen, outputs, allow_unused=True) if outputs else ()
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    matters = [m for m, slope in zip(fitting, slopes) if slope is not None and (as_map(slope) != 0).any()]
+    for module in list(twin.modules())[1:]:
+        module.register_forward_hook(look)
+    for head in heads(twin):  # what it sees counts, as a fresh one may be zero
+        head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    example = next(twin.parameters())
+    x = torch.linspace(-2, 2, 3 * size**2, device=example.device, dtype=example.dtype).view(1, 3, size, size)
+    with torch.enable_grad(), refused(f"--model: does not take images of {size} pixels", "try another --size"):
+        logits = twin(x.requires_grad_().clone())
+        seen = sum(x.square().sum() for x in features or [logits])
+        outputs = [output for _, output in found]
+        slopes = torch.autograd.grad(seen, outputs, allow_unused=True) if outputs else ()
+    matters = [m for (m, _), slope in zip(found, slopes) if slope is not None and (as_map(slope) != 0).any()]
     if not matters:
         raise BadInput(f"--model: has no layer with a map of 4 x 4 for images of {size} pixels; try a larger --size")
     preferred = getattr(model, "cam_layer", None)

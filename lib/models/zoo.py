@@ -32,7 +32,7 @@ def check(name, pretrained=""):
         network = "resnet18" if Path(pretrained).suffix else pretrained
         remedy = f"pass a file of weights, or --model {network} --pretrained for those of a network"
         raise BadInput(f"--pretrained {pretrained}: not found; {remedy}")
-    if name in (*MODELS, "auto"):  # of which --minutes chooses one
+    if name in (*MODELS, "auto"):  # auto: --minutes chooses
         return
     if name.startswith(TIMM):
         if not find_spec("timm"):

@@ -3,7 +3,6 @@
 import torch
 from fastai.callback.core import Callback
 from safetensors.torch import save as to_safetensors
-from sklearn.metrics import f1_score
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -64,11 +63,6 @@ class EMA(Callback):
         self.steps, self.in_model = int(state["steps"]), bool(state["in_model"])
         for mine, saved in zip(self.average, state["average"], strict=True):
             mine.copy_(saved)
-
-
-def macro_f1(predictions, targets):
-    """The mean of the classes' F1, of the classes that are there, as scikit-learn has it."""
-    return float(f1_score(targets, predictions, average="macro", zero_division=0))
 
 
 class KeepBest(Callback):

@@ -73,9 +73,10 @@ def choose(config, dls, precision, start):
         needed = math.ceil((gone + min(map(sum, seconds.values()))) / (1 - KEPT_FREE) / 60)
         raise BadInput(f"--minutes {config.minutes:g}: not one epoch fits; pass --minutes {needed}")
     best = max(found, key=lambda name: found[name][1] or 0)
-    plans = [f"{name}, {n} epochs" + ("" if acc is None else f" ({acc:.2f})") for name, (n, acc) in found.items()]
-    chosen = plans.pop(list(found).index(best))
-    others = f"; not chosen: {', or '.join(plans)}" if plans else ""
+    said = lambda name, n, acc: f"{name}, {n} epochs" + ("" if acc is None else f" ({acc:.2f})")
+    plans = {name: said(name, *plan) for name, plan in found.items()}
+    chosen = plans.pop(best)
+    others = f"; not chosen: {', or '.join(plans.values())}" if plans else ""
     which = "; in brackets: valid accuracy after as many images of CIFAR-10" if best in table else ""
     print(f"chosen for {duration(60 * config.minutes)}: {chosen}{others}{which}", flush=True)
     return dict(model=best, epochs=found[best][0], minutes=0.0), {"minutes": config.minutes, "choices": found}

@@ -19,8 +19,8 @@ from lib.cli import BadInput, one_line, refused
 from lib.runs import write
 from lib.train import ranks
 
-FORMAT = 5  # of the checkpoint; another one is refused
-GRACE = 5  # seconds in which a second signal is ignored: torchrun and uv forward those that their processes have had
+FORMAT = 6  # of the checkpoint; another one is refused
+GRACE = 5  # seconds in which a second signal is ignored: torchrun and uv send their processes the same one again
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,8 +31,8 @@ class Checkpoint(Callback):
     """Saves what the next epoch, or the next batch, starts from, and starts a fit from what was saved.
 
     Order, augmentation and dropout are functions of (seed, epoch, batch, image), so no generator's state is in it.
-    Inside `signals`, the batch under way at a Ctrl-C or SIGTERM is finished and saved, then Interrupted is raised; a
-    second one stops at once.
+    Inside `signals`, the batch, or the evaluation, under way at a Ctrl-C or SIGTERM is finished and saved; then
+    Interrupted is raised. A second one stops at once, but not in the GRACE of those that are sent again.
     """
 
     order, train_only = 80, True  # after all callbacks whose states it keeps: those with a state_dict of their own
@@ -44,7 +44,7 @@ class Checkpoint(Callback):
         every_seconds=0,  # within an epoch; 0: at its end alone
     ):
         self.path, self.state, self.every_seconds = path, state, every_seconds
-        self.signalled, self.evaluating = 0.0, False
+        self.signalled = 0.0
 
     def keepers(self):
         return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")]
@@ -78,14 +78,7 @@ class Checkpoint(Callback):
         if signalled:
             raise Interrupted
 
-    def before_validate(self):
-        self.evaluating = True
-
-    def after_validate(self):
-        self.evaluating = False
-
     def after_epoch(self):
-        self.evaluating = False
         self.save()
         if ranks.any_of(self.signalled)[0]:
             raise Interrupted
@@ -102,7 +95,7 @@ class Checkpoint(Callback):
             "optimizer": learn.opt.state_dict(),
             "scaler": learn.scaler.state_dict() if learn.scaler else None,
             "callbacks": {cb.name: cb.state_dict() for cb in self.keepers()},
-            "epochs_trained": learn.epochs_trained - self.evaluating,
+            "epochs_trained": learn.epochs_trained,
             "batches": batches,
         }
         save(self.path, state)
@@ -120,11 +113,12 @@ class Checkpoint(Callback):
             if self.signalled:
                 return
             self.signalled = now
-            if self.evaluating:  # it changes no saved state, so it need not finish
-                self.save(len(self.learn.dls.train))
-                raise Interrupted
             if ranks.leads():
-                print("finishing the batch and saving; once more stops at once", file=sys.stderr, flush=True)
+                print(
+                    "finishing the batch or evaluation, and saving; once more stops at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         self.signalled, process = 0.0, os.getpid()
         handled = [s for s in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread()]

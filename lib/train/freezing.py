@@ -6,7 +6,7 @@ from fastai.callback.core import Callback
 class Hold(Callback):
     """Holds `parameters` in some epochs: they get no gradient, so no optimizer touches them or their state."""
 
-    order, train_only = 61, True
+    order, train_only = 10, True  # before what reads gradients
 
     def __init__(
         self,

@@ -17,17 +17,18 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
 from fastai.learner import CancelBackwardException, CancelEpochException, CancelStepException, Recorder
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import AccumMetric
+from fastai.metrics import skm_to_fastai
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, defaults, get_model, norm_bias_params, to_float
 from fastcore.foundation import L
 from fastcore.xtras import join_path_file
+from sklearn.metrics import f1_score
 
 from lib import runs
 from lib.data.augment import shuffled
 from lib.models import split
 from lib.train import ranks
-from lib.train.averaging import EMA, macro_f1
+from lib.train.averaging import EMA
 from lib.train.compiled import Compile, check_compiler
 from lib.train.freezing import Hold
 from lib.train.lecture import GradNoise, balanced_order
@@ -67,11 +68,6 @@ class Unscale(Callback):
     after_cancel_batch = after_fit = after_step  # of a step that was cut short
 
 
-def device_of(dls):
-    """The device of the DataLoaders `dls`; where they have none, as those of torch, that which fastai trains on."""
-    return torch.device(getattr(dls, "device", default_device()) or "cpu")
-
-
 class SGDLearner(Looks):
     """A Learner that trains with plain SGD, v = mom * v + (g + wd * w), w = w - lr * v, or another of OPTIMIZERS.
 
@@ -101,9 +97,10 @@ class SGDLearner(Looks):
         self.mom = mom if opt_func is None else None
         self.accumulate, self.parallel, self.scaler = accumulate, None, None
         self.adding = None  # the epoch, and the number of the group of batches, whose gradients are added up
-        self.first_epoch = self.first_batch = 0  # of the fit; more where a callback puts back one that was cut short
+        self.first_epoch = self.first_batch = 0  # of the fit; more where Checkpoint goes on
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
-        model = model.to(device_of(dls), memory_format=torch.channels_last)
+        self.dls = dls  # which say the device
+        model = model.to(self.device, memory_format=torch.channels_last)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
         if opt_func is None:
             opt_func = maker(optimizer, mom)
@@ -121,8 +118,8 @@ class SGDLearner(Looks):
 
     @property
     def device(self):
-        """The device that computes."""
-        return device_of(self.dls)
+        """The device of the loaders; where they have none, as those of torch, that which fastai trains on."""
+        return torch.device(getattr(self.dls, "device", default_device()) or "cpu")
 
     def set_precision(self, precision, **scaler):
         """Computes forward passes in float32, bf16 or fp16 from now on. Raises ValueError for fp16 off CUDA."""
@@ -334,8 +331,8 @@ def build(config, dls, model, precision="float32", cbs=None):
     options = dict(optimizer=config.optimizer, mom=config.momentum, wd=config.weight_decay)
     options["accumulate"] = config.accumulate
     if "macro_f1" in (config.monitor, config.keep):
-        options["metrics"] = [AccumMetric(macro_f1, dim_argmax=-1, to_np=True)]
-    loss = TrainingLoss(config.label_smoothing, weight)
+        options["metrics"] = [skm_to_fastai(f1_score, name="macro_f1", average="macro", zero_division=0)]
+    loss = TrainingLoss(label_smoothing=config.label_smoothing, weight=weight)
     learn = SGDLearner(dls, model, loss, precision=precision, cbs=cbs, path=dls.path, **options)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop

@@ -47,7 +47,7 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
     The largest is `max_batch_size`, or all training images where they are fewer.
 
     "Don't decay the learning rate, increase the batch size" (Smith et al., arXiv 1711.00489): lr / batch size falls as
-    under ReduceLROnPlateau. `growths` lists (epoch, batch size). The loader has its own batch size back after the fit.
+    under ReduceLROnPlateau. The loader has its own batch size back after the fit.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
         **options,  # as ReduceLROnPlateau
     ):
         super().__init__(**options)
-        self.max_batch_size, self.growths, self.first_size = max_batch_size, [], None
+        self.max_batch_size, self.first_size = max_batch_size, None
 
     def before_fit(self):
         super().before_fit()
-        self.first_size, self.growths = self.learn.dls.train.bs, []
+        self.first_size = self.learn.dls.train.bs
 
     def reduce(self, factor):
         loader = self.learn.dls.train
@@ -68,7 +68,7 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
         old, new = loader.bs, grown(loader.bs, factor, most)
         if new > old:
             loader.bs = new
-            self.growths.append((self.epoch + 1, new))
+            self.changes.append(f"batch size {old} -> {new}")
         if new >= most:
             super().reduce(min(factor * new / old, 1.0))
 
@@ -77,13 +77,11 @@ class GrowBatchOnPlateau(ReduceLROnPlateau):
             self.learn.dls.train.bs, self.first_size = self.first_size, None
 
     def state_dict(self):
-        return {**super().state_dict(), "growths": list(self.growths)}
+        return {**super().state_dict(), "batch_size": self.learn.dls.train.bs}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.growths = [tuple(g) for g in state["growths"]]
-        if self.growths:
-            self.learn.dls.train.bs = self.growths[-1][1]
+        self.learn.dls.train.bs = state["batch_size"]
 
 
 class GradNoise(Callback):

@@ -118,7 +118,7 @@ class Looks(Learner):
 
         SaveModelCallback loads nothing where the fit has saved nothing: the file would be another run's.
         """
-        savers = [cb for cb in self.cbs if isinstance(cb, SaveModelCallback) and cb.fname == file]
+        savers = [cb for cb in self.cbs if isinstance(cb, SaveModelCallback) and str(cb.fname) == file]
         if self.fitting and savers and savers[0].last_saved_path is None:
             text = f"{file}: this fit was never better than before, so nothing was saved and nothing is loaded"
             warnings.warn(text, stacklevel=2)

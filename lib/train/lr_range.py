@@ -76,13 +76,10 @@ class RangeTestCallback(Callback):
         self.learn.dls.train.epoch = self.started_at + self.epoch
 
     def before_batch(self):
-        if self.training:
-            self.opt.set_hypers(lr=self.rates[len(self.curve)].tolist())
+        self.opt.set_hypers(lr=self.rates[len(self.curve)].tolist())
 
     def after_batch(self):
         learn = self.learn
-        if not learn.training:
-            return
         self.group.append(learn.loss.item())
         if learn.updates_after(learn.iter):
             self.curve.append(learn.evaluate(self.batches).values[0] if self.batches else np.mean(self.group))
@@ -111,7 +108,7 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
         updates = -(-len(learn.dls.train) // twin.accumulate)  # an epoch has
         twin.fit(-(-len(lrs) // updates), cbs=test)
     n = int(np.isfinite(test.curve).cumprod().sum())  # up to the first loss that is not finite, as fastai has it
-    seconds = float(np.median(np.diff(test.times)[min(2, n - 2) :])) if n > 1 else math.nan
+    seconds = float(np.median(np.diff(test.times)[min(1, n - 2) :])) if n > 1 else math.nan
     last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
     return RangeTest(last, np.array(test.curve[:n]), twin.epoch + 1, len(lrs), seconds)
 
@@ -167,7 +164,7 @@ RULES = {"sixth": sixth, **{name: getattr(fastai_schedule, name) for name in SUG
 def suggest(rule, test):
     """(learning rate, point in the figure) that a rule of fastai's kind gives for a RangeTest."""
     n = len(test.lrs)
-    kept = slice(max(min(test.num_it // 10, n - 10), 0), max(n - 5, 10))  # without both ends, as fastai has it
+    kept = slice(min(test.num_it // 10, n - 10), max(n - 5, 10))  # without both ends, as fastai has it
     lrs, losses = torch.tensor(test.lrs[kept]), torch.tensor(test.smooth_losses[kept])
     if rule is fastai_schedule.slide:
         rule = partial(rule, lr_diff=min(15, len(lrs) - 2))  # its interval must fit a short curve

@@ -44,8 +44,15 @@ class GroupHypers(dict):
         self.optimizer, self.group = optimizer, group
 
     def __setitem__(self, name, value):
+        """Sets a hyperparameter: weight decay where it acts, momentum where there is one."""
+        optimizer = self.optimizer
+        if name == "mom" and not optimizer.has_momentum:
+            return
+        value = value.item() if hasattr(value, "item") else value  # numpy's numbers could not be loaded again
         super().__setitem__(name, value)
-        self.optimizer.set_in_group(self.group, name, value)
+        decaying, spared = optimizer.opt.param_groups[2 * self.group : 2 * self.group + 2]
+        set_item_pg(decaying, optimizer.bwd_map[name], value)
+        set_item_pg(spared, optimizer.bwd_map[name], 0.0 if name == "wd" else value)
 
 
 class GroupedOptimizer(OptimWrapper):
@@ -85,14 +92,5 @@ class GroupedOptimizer(OptimWrapper):
         return L(GroupHypers(self, i, {**values, **none}) for i, values in enumerate(named))
 
     def _set_hyper(self, name, values):
-        for i, value in enumerate(values):
-            self.set_in_group(i, name, value)
-
-    def set_in_group(self, i, name, value):
-        """Sets a hyperparameter of the layer group `i`; weight decay where it acts, momentum where there is one."""
-        if name == "mom" and not self.has_momentum:
-            return
-        value = value.item() if hasattr(value, "item") else value  # numpy's numbers could not be loaded again
-        decaying, spared = self.opt.param_groups[2 * i : 2 * i + 2]
-        set_item_pg(decaying, self.bwd_map[name], value)
-        set_item_pg(spared, self.bwd_map[name], 0.0 if name == "wd" else value)
+        for hypers, value in zip(self.hypers, values):
+            hypers[name] = value

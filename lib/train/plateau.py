@@ -75,7 +75,7 @@ class ReduceLROnPlateau(Callback):
     With patience 2 the third bad epoch reduces. Raises ValueError beside another owner of the learning rate.
     """
 
-    order, owns_lr, train_only = 60, True, True
+    order, owns_lr, train_only, run_valid = 60, True, True, False
 
     def __init__(
         self,
@@ -101,16 +101,15 @@ class ReduceLROnPlateau(Callback):
         if self.run:
             check_sole_owner(self.learn)
             self.plateau._reset()
-            self.reductions, self.warming = [], self.warmup_epochs > 0
-            self.rates = [h["lr"] for h in self.opt.hypers]
+            self.changes, self.rates = [], [h["lr"] for h in self.opt.hypers]
 
     def before_batch(self):
-        if self.warming and self.training:
+        if self.warmup_epochs:
             factor = warm_up(self.epoch + self.iter / self.n_iter, self.warmup_epochs)
             self.opt.set_hypers(lr=[rate * factor for rate in self.rates])
-            self.warming = factor < 1
 
     def after_epoch(self):
+        self.changes = []  # that this epoch brings, in words
         recorder = self.learn.recorder
         values = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
         if self.monitor not in values:
@@ -123,16 +122,16 @@ class ReduceLROnPlateau(Callback):
         smaller = [max(rate * factor, self.min_lr) for rate in self.rates]
         new = [s if rate - s > self.eps else rate for rate, s in zip(self.rates, smaller)]
         if new != self.rates:
-            self.old_lr, self.rates = self.rates[-1], new
-            self.reductions.append((self.epoch + 1, new[-1]))
+            self.changes.append(f"lr {self.rates[-1]:.4g} -> {new[-1]:.4g}")
+            self.rates = new
             self.opt.set_hypers(lr=new)
 
     def state_dict(self):
-        return {"plateau": self.plateau.state_dict(), "reductions": list(self.reductions), "rates": list(self.rates)}
+        return {"plateau": self.plateau.state_dict(), "rates": list(self.rates)}
 
     def load_state_dict(self, state):
         self.plateau.load_state_dict(state["plateau"])
-        self.reductions, self.rates = [tuple(r) for r in state["reductions"]], list(state["rates"])
+        self.rates = list(state["rates"])
 
 
 class StopEarly(EarlyStoppingCallback):

@@ -51,11 +51,8 @@ class EpochLines(Callback):
         stop = next((cb for cb in self.learn.cbs if isinstance(cb, StopEarly)), None)
         stops = stop and stop.wait >= stop.patience and len(rows) < self.n_epoch
         print(epoch_line(rows[-1], self.n_epoch) + ("" if stops else time_left(rows, self.n_epoch)), flush=True)
-        owner = next((cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)), None)
-        for name, changes in (("lr", owner.reductions), ("batch_size", getattr(owner, "growths", []))) if owner else ():
-            if changes and changes[-1][0] == rows[-1]["epoch"]:
-                old = owner.old_lr if name == "lr" else rows[-1][name]
-                change = f"{name.replace('_', ' ')} {old:.4g} -> {changes[-1][1]:.4g}"
+        for owner in (cb for cb in self.learn.cbs if isinstance(cb, ReduceLROnPlateau)):
+            for change in owner.changes:
                 print(f"plateau: {owner.monitor} stands still; {change}", flush=True)
         if stops:
             print(f"stopped: {stop.monitor} is no better since epoch {len(rows) - stop.wait}", flush=True)

@@ -37,7 +37,7 @@ def joined(device):
     except BadInput as e:
         raise BadInput(e.text if leads() else f"rank {rank()}: {e}") from None
     except RuntimeError as e:
-        if not any(word in str(e) for word in ("gloo", "NCCL", "Connection", "peer")):
+        if not any(word in str(e) for word in ("gloo", "NCCL", "Connection")):
             raise
         raise Lost(f"rank {rank()}: another rank is gone, see its message ({one_line(e)[:200]})") from None
     dist.destroy_process_group()
@@ -62,17 +62,13 @@ def on_first(function, elsewhere=None):
     return function if leads() else lambda *args, **kwargs: elsewhere
 
 
-def total(values):
-    """The sum over the ranks, of which there are several, of a float64 CPU tensor: the same to the bit on each."""
-    dist.all_reduce(values)
-    return values
-
-
 def any_of(*flags):
     """Whether each flag is set on any of the ranks."""
     if world() == 1:
         return flags
-    return [n > 0 for n in total(torch.tensor([float(bool(flag)) for flag in flags], dtype=torch.float64)).tolist()]
+    on_any = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
+    dist.all_reduce(on_any, dist.ReduceOp.MAX)
+    return on_any.tolist()
 
 
 def same(value):

@@ -4,6 +4,7 @@ import math
 import time
 
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
 from fastai.learner import _maybe_item as value_of
@@ -88,7 +89,7 @@ class EpochRecorder(Recorder):
 
     `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. In `metric_names`
     and `values`, columns that fastai lacks come after the metrics. `hps` has learning rate and momentum of each step.
-    Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches and at the end.
+    Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches or 2 seconds.
     """
 
     name = "recorder"
@@ -97,8 +98,7 @@ class EpochRecorder(Recorder):
         super().__init__(add_time, train_metrics, valid_metrics, beta)
         self.smooth_loss, self.rows, self.hps = SmoothLoss(beta), [], {"lr": [], "mom": []}
         self.lrs, self.iters, self.losses, self.values = [], [], [], []
-        self.under_way, self.start, self.metric_names = None, time.perf_counter(), L()
-        self.pending = []  # batches that are not yet read from the device
+        self.pending, self.metric_names = [], L()  # pending: batches that are not yet read from the device
 
     def before_fit(self):
         check_sole_owner(self.learn)
@@ -179,14 +179,13 @@ class EpochRecorder(Recorder):
         sizes, losses = torch.tensor(sizes, dtype=torch.float64), torch.stack(losses).cpu().double()
         sums = torch.stack([losses * sizes, torch.stack(correct).cpu().double() * (sizes > 0), sizes])
         if self.learn.parallel:
-            ranks.total(sums)
+            dist.all_reduce(sums)  # the same to the bit on each rank
         losses = sums[0] / sums[2]
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
             i = int(bad[0])
             raise diverged("the loss", losses[i].item(), f"at epoch {self.epoch + 1}", batches[i] + 1, lrs[i])
-        self.sums = [self.sums[0] + sums[0].sum().item(), self.sums[1] + sums[1].sum().item(), self.sums[2]]
-        self.sums[2] += int(sums[2].sum())
+        self.sums = [a + b for a, b in zip(self.sums, sums.sum(1).tolist())]
         self.latest, self.pending = {"loss": losses.mean().item(), "acc": (sums[1].sum() / sums[2].sum()).item()}, []
 
     def after_train(self):

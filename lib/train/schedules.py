@@ -16,7 +16,7 @@ from lib.train.plateau import ReduceLROnPlateau, plateau_options, warm_up
 class Scheduled(Callback):
     """Sets learning rate and momentum before each batch. What it sets is a function of the epochs done: no state."""
 
-    order, owns_lr, train_only = 40, True, True
+    order, owns_lr, train_only, run_valid = 40, True, True, False
 
     def __init__(
         self,
@@ -26,11 +26,10 @@ class Scheduled(Callback):
         self.hypers_after, self.warmup_epochs = hypers, warmup_epochs
 
     def before_batch(self):
-        if self.training:
-            epochs_done = self.epoch + self.iter / self.n_iter
-            hypers = self.hypers_after(epochs_done)
-            hypers["lr"] *= warm_up(epochs_done, self.warmup_epochs)
-            self.opt.set_hypers(**hypers)
+        epochs_done = self.epoch + self.iter / self.n_iter
+        hypers = self.hypers_after(epochs_done)
+        hypers["lr"] *= warm_up(epochs_done, self.warmup_epochs)
+        self.opt.set_hypers(**hypers)
 
 
 def plateau(config, lr, kind=ReduceLROnPlateau, **options):
@@ -48,69 +47,55 @@ def grow_batch(config, lr):
 
 
 def scheduled(function):
-    """A schedule from `function(config, lr)`, which gives a function from epochs done to {hyperparameter: value}."""
-    return lambda config, lr: Scheduled(function(config, lr), config.warmup_epochs)
+    """A schedule from `function(config, lr, epochs_done)`, which gives {hyperparameter: value}."""
+    return lambda config, lr: Scheduled(partial(function, config, lr), config.warmup_epochs)
 
 
-def two_halves(config, start, top, end):
+def two_halves(config, epochs_done, start, top, end):
     """Half a cosine from `start` to `top` in the first pct_start of the epochs, one to `end` in the rest."""
-
-    def value(epochs_done):
-        done, share = epochs_done / config.epochs, config.pct_start
-        a, b, part = (start, top, done / share) if done < share else (top, end, (done - share) / (1 - share))
-        return a + (b - a) * (1 - math.cos(math.pi * part)) / 2
-
-    return value
+    done, share = epochs_done / config.epochs, config.pct_start
+    a, b, part = (start, top, done / share) if done < share else (top, end, (done - share) / (1 - share))
+    return a + (b - a) * (1 - math.cos(math.pi * part)) / 2
 
 
 @scheduled
-def constant(config, lr):
+def constant(config, lr, epochs_done):
     """The rate stays."""
-    return lambda epochs_done: {"lr": lr}
+    return {"lr": lr}
 
 
 @scheduled
-def one_cycle(config, lr):
+def one_cycle(config, lr, epochs_done):
     """Half a cosine up from lr / div, one down to lr / div_final, momentum against it (Smith & Topin, 1708.07120)."""
     low, high = config.min_momentum, config.max_momentum
-    rate = two_halves(config, lr / config.div, lr, lr / config.div_final)
-    momentum = two_halves(config, high, low, high)
-    return lambda epochs_done: {"lr": rate(epochs_done), "mom": momentum(epochs_done)}
+    rate = two_halves(config, epochs_done, lr / config.div, lr, lr / config.div_final)
+    return {"lr": rate, "mom": two_halves(config, epochs_done, high, low, high)}
 
 
 @scheduled
-def flat_cos(config, lr):
+def flat_cos(config, lr, epochs_done):
     """The rate stays, then falls to lr / div_final along half a cosine (fastai's fit_flat_cos)."""
-    rate = two_halves(config, lr, lr, lr / config.div_final)
-    return lambda epochs_done: {"lr": rate(epochs_done)}
+    return {"lr": two_halves(config, epochs_done, lr, lr, lr / config.div_final)}
 
 
-def triangular(config, lr, shrink=1.0):
+def triangular(config, lr, epochs_done, shrink=1.0):
     """Straight from lr / cycle_div to lr and back, cycle by cycle (Smith, arXiv 1506.01186).
 
     The height of each cycle is `shrink` times that of the one before.
     """
     low, length = lr / config.cycle_div, config.cycle_length * config.epochs
-
-    def hypers(epochs_done):
-        cycle = math.floor(epochs_done / length)
-        height = 1 - abs(2 * (epochs_done / length - cycle) - 1)
-        return {"lr": low + (lr - low) * height * shrink**cycle}
-
-    return hypers
+    cycle = math.floor(epochs_done / length)
+    height = 1 - abs(2 * (epochs_done / length - cycle) - 1)
+    return {"lr": low + (lr - low) * height * shrink**cycle}
 
 
 @scheduled
-def warm_restarts(config, lr):
+def warm_restarts(config, lr, epochs_done):
     """Half a cosine from lr to 0, again and again, each time cycle_mult as long (Loshchilov & Hutter, 1608.03983)."""
-
-    def hypers(epochs_done):
-        length = config.cycle_length * config.epochs
-        while epochs_done >= length * (1 - 1e-9):  # sums of rounded lengths
-            epochs_done, length = epochs_done - length, length * config.cycle_mult
-        return {"lr": lr * (1 + math.cos(math.pi * epochs_done / length)) / 2}
-
-    return hypers
+    length = config.cycle_length * config.epochs
+    while epochs_done >= length * (1 - 1e-9):  # sums of rounded lengths
+        epochs_done, length = epochs_done - length, length * config.cycle_mult
+    return {"lr": lr * (1 + math.cos(math.pi * epochs_done / length)) / 2}
 
 
 # name -> function(config, lr) that gives the callback which owns the learning rate of the fit; lr is its largest
@@ -151,12 +136,12 @@ def trace(config, steps_per_epoch, values=None):
         training=True,
         epoch=0,
     )
-    getattr(owner, "before_fit", lambda: None)()
+    owner("before_fit")
     for learn.epoch in range(config.epochs):
         for learn.iter in range(steps_per_epoch):
-            owner.before_batch()
+            owner("before_batch")
             rows.append([opt.hypers[0][name] for name in ("lr", "mom")])
         if values is not None and learn.epoch < len(values):
             learn.recorder.values.append([values[learn.epoch]])
-            getattr(owner, "after_epoch", lambda: None)()
+            owner("after_epoch")
     return np.array(rows).reshape(-1, 2)

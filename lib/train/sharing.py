@@ -40,8 +40,8 @@ class ShareCores(Callback):
         self.other_load = max(others(self.first, self.last), 0.0)
         if not self.adapt:
             return
-        free = self.last[1].cores - others(before, self.last)
-        wish = min(max(round(free), 1), self.most)
+        _, cores = self.last[1]
+        wish = min(max(round(cores - others(before, self.last)), 1), self.most)
         self.wishes = [*self.wishes, wish][-AGREE:]
         if self.wishes == [wish] * AGREE and wish != torch.get_num_threads():
             torch.set_num_threads(wish)
@@ -56,5 +56,5 @@ class ShareCores(Callback):
 
 def others(before, after):
     """The mean number of cores that other programs used between two measurements, each (time, busy_seconds)."""
-    (then, first), (now, last) = before, after
-    return (last.all - first.all - (last.own - first.own)) / (now - then)
+    (then, (first, _)), (now, (last, _)) = before, after
+    return (last - first) / (now - then)
