@@ -18,7 +18,7 @@ import time
 from lib import cli
 from lib import config as settings
 
-NO_MEMORY = "out of memory", "t allocate memory", "not enough memory"  # on a GPU, on Linux, on Windows
+NO_MEMORY = "out of memory", "ALLOC_FAILED", "t allocate memory", "not enough memory"  # GPU (2), Linux, Windows
 NO_WORKERS = "shared memory", "killed by signal: Killed", "exited unexpectedly"  # of loader processes
 
 
@@ -76,13 +76,13 @@ def train(config, tested=None):
     models.check(config.model, config.pretrained)
     runs.check_out(config)
     runs.check_log(config.log)
-    computer = machine.prepare(config)
-    with ranks.joined(computer.device):
+    device, precision, threads = machine.prepare(config)
+    with ranks.joined(device):
         with ranks.first_alone():  # the first process decodes the images, the others find them
-            dls = data.get_dls(config, computer.device)
+            dls = data.get_dls(config, device)
         ranks.check_same(f"the images of --data {config.data}", dls.store.fingerprint)
-        ranks.check_same("the number format of --precision auto", computer.precision)
-        chosen, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, computer.precision, start))
+        ranks.check_same("the number format of --precision auto", precision)
+        chosen, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, precision, start))
         config = dataclasses.replace(config, **chosen)
         asked, config = config, data.without_auto(config, dls)
         machine.seed_everything(config.seed)
@@ -90,13 +90,13 @@ def train(config, tested=None):
         models.cam_layer(model, dls.store.size)  # what cannot be explained is not trained
         sizes = lecture.batch_sizes(config)
         models.check_batches(model, config, sizes, len(dls.train.ids), dls.store.size, ranks.world())
-        learn = training.build(config, dls, model, computer.precision)
+        learn = training.build(config, dls, model, precision)
         gc.enable()
-        facts = runs.facts(config, dls, model, computer) | choices
+        facts = runs.facts(config, dls, model, precision, threads) | choices
         if config.dry_run:
             ranks.on_first(runs.show)(asked, config, facts)
             ranks.on_first(data.say_doubts)(dls)
-            ranks.on_first(lambda: print(timing.expectation(learn, config, computer.precision)[1]))()
+            ranks.on_first(lambda: print(timing.expectation(learn, config, precision)[1]))()
             return 0
         past = ranks.same(ranks.on_first(checkpoint.of_run)(config.resume))
         make = functools.partial(runs.reopen, config) if config.resume else functools.partial(runs.start, asked)
@@ -151,6 +151,7 @@ def fit(learn, config, run, past, lr, start):
         with saved.signals():
             training.fit(learn, config, lr)
         ranks.on_first(evaluate.report)(learn, config, run, learn.recorder.rows, best, start, began)
+        ranks.on_first(report.say)(run.path)
         if learn.dls.unlabelled:  # images of the data without classes
             ranks.on_first(predict.to_file)(run.path, learn.dls.unlabelled, learn.dls.device)
         return 0

@@ -12,6 +12,7 @@ from lib.cli import counted
 from lib.config import ENDLESS, MODELS
 
 Z = 1.96  # standard errors on each side of a 95% interval
+UNEVEN = 1.5  # times as many images as the smallest class: then accuracy hides that class
 
 
 def wilson(share, n):
@@ -105,7 +106,7 @@ def weak_class(run):
     classes = [(wilson(right / n, n)[1], right / n, name, n) for name, right, n in run["recalls"] if n]
     (high, recall, name, n), sizes = min(classes), sorted(size for *_, size in classes)
     text = "Look at its mistakes above: are they labelled right, and what do the maps look at?"
-    if sizes[-1] >= 1.5 * sizes[0]:  # the last lines of a run use the same limit
+    if sizes[-1] >= UNEVEN * sizes[0]:
         flags = {"class_weights": "`--class-weights`", "balanced_batches": "`--balanced-batches`"}
         flags = [flag for name, flag in flags.items() if not run["args"][name]]
         flags += ["`--keep macro_f1`"] * (run["args"]["keep"] != "macro_f1")
@@ -138,8 +139,8 @@ def advice(run):
     """[applies, rule, numbers, what to try] for each rule that makes sense; while a run trains, for the first alone.
 
     `run`: args, sets (where they come from), n (images of each set), rows (columns of results.csv), summary (None while
-    it trains), cuts (epochs at which the rate fell), recalls (name, right images and images of each class), doubts
-    (rows of doubts.csv).
+    it trains), cuts (places between epochs where the rate fell, or the batch grew), recalls (name, right images and
+    images of each class), doubts (rows of doubts.csv).
     """
-    told = [(rule.__doc__, rule(run)) for rule in (RULES if run["summary"] else RULES[:1])]
-    return [[applies, condition, *texts] for condition, found in told if found for applies, *texts in [found]]
+    rules = RULES if run["summary"] else RULES[:1]
+    return [[found[0], rule.__doc__, *found[1:]] for rule in rules if (found := rule(run))]

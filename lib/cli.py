@@ -187,7 +187,7 @@ def read_yaml(path):
     if not isinstance(settings, dict):
         raise ValueError("it holds no 'setting: value' lines")
     for name, value in settings.items():
-        if any(isinstance(v, (list, dict, set)) for v in (value if isinstance(value, list) else [value])):
+        if any(isinstance(v, (list, dict, set, tuple)) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{brief(name)} must be one value, or a list of values")
     return settings
 

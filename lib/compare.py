@@ -32,19 +32,19 @@ UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam", "target")  # 
 def run(configs, train):
     """Trains each config into its own run folder, unless that run is finished. Then compares all runs.
 
-    If the range tests of several runs would be equal, all of them use that of the first.
-
-    Returns the exit status: 130 if a run was interrupted, 3 if one diverged, 2 if one had bad input, else 0.
+    Runs with equal range tests share that of the first. Returns the exit status: 130 if a run was interrupted, 3 if one
+    diverged, 2 if one had bad input, else 0.
     """
     from lib import models
 
     if launched():
-        remedy = "start its runs one by one, then python -m lib.compare (docs/ranks.md)"
-        raise BadInput(f"a comparison under torchrun: {remedy}")
-    for config in configs:
-        models.check(config.model, config.pretrained)  # before hours of the others
+        raise BadInput("a comparison under torchrun: start its runs one by one, then lib.compare (docs/ranks.md)")
     spare(configs[0].out, "--name")
     status, folders = 0, [Path(config.out).expanduser() / config.name for config in configs]
+    with redirect_stdout(None):  # what is wrong with one is said before hours of the others
+        for config, folder in zip(configs, folders):
+            models.check(config.model, config.pretrained)
+            unfinished(config, folder)
     trains = not (configs[0].dry_run or configs[0].lr_find_only)
     tested = {}  # settings that a range test depends on -> the first run folder with them
     for i, (config, folder) in enumerate(zip(configs, folders), 1):
@@ -130,7 +130,8 @@ def worded(name, value):
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    return f"{words} {value}".removesuffix(".0") if value != "" else f"no {words}"
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return f"{words} {value}" if value != "" else f"no {words}"
 
 
 def implied(args, name):
@@ -268,7 +269,7 @@ def table(variants):
 def report(folders, out, show=False):
     """Writes comparison.csv, .md and .png and report.html of the run folders `folders` to `out`; prints the table.
 
-    Raises BadInput if none of the runs is finished, or if one of the folders is no run folder.
+    Raises BadInput if none of the runs is finished, or if the files of one are damaged.
     """
     from lib.explain import plots
 
@@ -337,8 +338,7 @@ def main(argv):
     args = p.parse_args(argv)
     folders = []
     for given in map(Path, args.runs):
-        inside = sorted(file.parent for file in given.glob("*/args.yaml"))
-        found = [given] if (given / "args.yaml").exists() else inside
+        found = [given] if (given / "args.yaml").exists() else sorted(p.parent for p in given.glob("*/args.yaml"))
         if not found:
             raise BadInput(f"{given}: is no run folder, and holds none")
         folders += found

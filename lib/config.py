@@ -253,11 +253,11 @@ def parser():
 
 def read_file(path):
     """The settings in a YAML file. Raises BadInput where it cannot be read or has an unknown key."""
-    with refused(f"--config {path}: cannot be read", "repair it, or pass another"):  # PyYAML raises its own, and others
+    with refused(f"{path}: cannot be read", "repair it, or pass another"):  # PyYAML raises its own, and others
         settings = read_yaml(path)
     for name in settings:
         if name not in FIELDS:
-            raise BadInput(f"--config {path}: unknown setting {brief(name)}" + guess(name, FIELDS))
+            raise BadInput(f"{path}: unknown setting {brief(name)}" + guess(name, FIELDS))
     return settings
 
 
@@ -280,7 +280,7 @@ def read(argv):
 
 
 def resumed(flags):
-    """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that would change its result."""
+    """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that a resumed run cannot take."""
     run = Path(check(FIELDS["resume"], flags["resume"])).expanduser()
     whole = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
     if whole != run:
@@ -290,17 +290,17 @@ def resumed(flags):
         ended = int(read_json(run / "summary.json")["epochs"]) if (run / "summary.json").exists() else math.inf
         if not (math.isfinite(env.get("lr", 1.0)) and isinstance(env.get("resumed", []), list)):
             raise ValueError("lr or resumed is not what a run writes")
+    for name in ("minutes", "lr_find_only"):
+        if name in flags and check(FIELDS[name], flags[name]):
+            raise BadInput(f"{flag_of(name)}: is for a new run; leave it out, and {run} goes on")
     became = {name: env[name] for name in RESOLVED if name in env}
     before = Config(**read_args(run / "args.yaml") | became | {"dry_run": False, "lr_find_only": False, "open": False})
-    config = dataclasses.replace(before, **{"minutes": 0.0} | flags)
+    config = dataclasses.replace(before, **flags)
     for name in FIELDS:
         value, kept = getattr(config, name), getattr(before, name)
         moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # the same file elsewhere
         if name not in RESUME_MAY_CHANGE and value != kept and not moved:
-            why = f"would change the result of {run}, which has {kept}; leave it out, or start a new run"
-            raise BadInput(f"{flag_of(name)}: {value} {why}")
-    if config.lr_find_only:
-        raise BadInput(f"--lr-find-only: {run} has had its range test; leave it out, or start a new run")
+            raise BadInput(f"{flag_of(name)}: {run} has {kept}, not {value}; leave it out, or start a new run")
     if config.epochs < before.epochs or (config.epochs > before.epochs and config.schedule not in ENDLESS):
         raise BadInput(f"--epochs: {run} has {before.epochs}; only {', '.join(ENDLESS)} may have more, and none fewer")
     if ended < before.epochs < config.epochs:

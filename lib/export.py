@@ -5,43 +5,25 @@ python -m lib.export runs/x      runs/x/model.onnx: uint8 images (n, size, size,
 
 import json
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-from fastcore.basics import noop
 
 from lib.cli import BadInput, Parser, command, refused
-from lib.config import Config, read_args
-from lib.data.folders import find_images
-from lib.data.sources import root_folder
 from lib.predict import load
 from lib.runs import write
 
 TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
 
 
-def examples(predict, run, most=64):
-    """Valid images of `run` as the network takes them, (n, size, size, 3) uint8; None where its data is gone."""
-    try:
-        config = Config(**read_args(run / "args.yaml"))
-        split = config.valid_pct, config.split_seed, config.folds, config.fold
-        with redirect_stdout(None):
-            paths = [path for path, _ in find_images(root_folder(config), *split)[1]]
-        return next(predict.decoded(paths[:: -(-len(paths) // most)], noop), (None, None))[1]
-    except (BadInput, OSError):
-        return None
+def onnx(predict):
+    """(content of model.onnx, how far it is from torch): the network, with all that follows the crop.
 
-
-def onnx(predict, run=None):
-    """(content of model.onnx, what was checked): the network, with all that follows the crop.
-
-    It is checked on valid images of the folder `run`; on noise where there are none.
-    Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch.
+    Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch on noise.
     """
     import torch
 
-    needed = "--to onnx: needs onnxscript and onnxruntime", "uv run --extra onnx … installs the two"
+    needed = "ONNX needs onnxscript and onnxruntime", "uv run --extra onnx … installs the two"
     with refused(*needed, ImportError):
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx works on it)
@@ -63,25 +45,21 @@ def onnx(predict, run=None):
         {k: json.dumps(predict.card[k]) for k in ("classes", "resize", "levels") if k in predict.card}
     )
     content = program.model_proto.SerializeToString()
-    seen = examples(predict, run) if run else None
-    images, what = (images, "noise, as its data is gone") if seen is None else (torch.from_numpy(seen), "valid images")
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         apart = float(np.abs(session.run(None, {"images": images.numpy()})[0] - model(images).numpy()).max())
     if not apart < TOLERANCE:
-        raise BadInput(f"--to onnx: onnxruntime's probabilities are {apart:.1g} from torch's; nothing is written")
-    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's on {len(images)} {what}"
+        raise BadInput(f"ONNX: onnxruntime's probabilities are {apart:.1g} from torch's; nothing is written")
+    return content, f"onnxruntime's probabilities are within {apart:.1g} of torch's"
 
 
 @command
 def main(argv):
     p = Parser(prog="python -m lib.export", description="Write a trained run as ONNX, into its folder.")
     p.add_argument("run", help="run folder, such as runs/digits-plateau-s0")
-    p.add_argument("--to", choices=["onnx"], default="onnx", help="the format (onnx)")
     args = p.parse_args(argv)
-    run = Path(args.run).expanduser()
-    content, note = onnx(load(run, "cpu"), run)
-    file = run / "model.onnx"
+    content, note = onnx(load(args.run, "cpu"))
+    file = Path(args.run).expanduser() / "model.onnx"
     write(file, content)
     print(f"{file}: {len(content):,} bytes; {note}")
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 from lib.cli import BadInput, one_line
 
@@ -23,20 +22,15 @@ CPU_MODEL = ("cpu family", "model", "CPU implementer", "CPU part")  # lines of /
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Machine(NamedTuple):
-    """What this machine uses, after each `auto` has been replaced."""
-
-    device: object  # torch.device
-    precision: str  # float32, bf16 or fp16
-    threads: int  # of torch, on the CPU
-
-
 def prepare(config):
-    """Sets up memory, device, threads and seeds as `config` asks; returns a `Machine`. Raises BadInput."""
+    """Sets up memory, device, threads and seeds as `config` asks. Raises BadInput.
+
+    Returns what each `auto` became: torch.device, precision (float32, bf16 or fp16), threads of torch on the CPU.
+    """
     keep_memory()
     device = pick_device(config)
     seed_everything(config.seed)
-    return Machine(device, pick_precision(config, device), set_threads(config))
+    return device, pick_precision(config, device), set_threads(config)
 
 
 def launched():
@@ -54,14 +48,6 @@ def cores():
     from joblib import cpu_count
 
     return cpu_count()
-
-
-class Busy(NamedTuple):
-    """Seconds of work of all programs and of this one, on so many cores."""
-
-    all: float
-    own: float
-    cores: int
 
 
 def useful_workers(device, batch):
@@ -87,14 +73,14 @@ def signals_held():
 
 
 def leave_signals():
-    """In a loader process: signals to all processes are for its run, which finishes a batch and saves.
+    """In a loader process: signals to all processes are for its run, which finishes what is under way and saves.
 
-    Ctrl-C is ignored. A SIGTERM of its run ends it at once, and one of somebody else when the run has had time.
+    Ctrl-C is ignored. Only a SIGTERM of its run ends it.
     """
 
     def end():
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            time.sleep(15)
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -104,9 +90,9 @@ def leave_signals():
 
 
 def busy_seconds():
-    """The work so far on the cores that this process may use, as `Busy`; None if not on Linux.
+    """(seconds that other programs have worked on the cores that this process may use, how many these are).
 
-    Programs with a lower priority (`nice`) give way to this one, so their work does not count.
+    None if not on Linux. Programs with a lower priority (`nice`) give way to this one, so their work does not count.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
@@ -116,7 +102,7 @@ def busy_seconds():
     counted = (0, 1, 2, 5, 6) if os.nice(0) > 0 else (0, 2, 5, 6)  # user, nice, system, irq, softirq
     cpus = [line.split() for line in lines if line[:3] == "cpu" and line[3:4].isdigit()]
     ticks = sum(int(cpu[1 + i]) for cpu in cpus if int(cpu[0][3:]) in ours for i in counted)
-    return Busy(ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), len(ours))
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time(), len(ours)
 
 
 def commit():
@@ -199,7 +185,7 @@ def pick_device(config):
             raise RuntimeError
         torch.zeros(1, device=device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise BadInput(f"--device: {config.device!r} is not to be had on this machine; pass auto or cpu") from None
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lib import runs
-from lib.advice import advice, wilson
+from lib.advice import UNEVEN, advice, wilson
 from lib.cli import BadInput, Parser, command, counted, duration, printable, read_json, read_yaml, refused
 from lib.config import FIELDS, MOMENTUM, Config, flag_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PICTURES, ROWS = 3_000_000, 700_000  # bytes of the page for pictures, and for mistakes: the whole stays below 5 MB
+ROWS = 700_000  # bytes of the page for mistakes; with the pictures of 100 the whole stays below 5 MB
 BATCH = 400_000  # bytes of train_batch.png, before base64
 MATRIX, PAIRS = 40, 60  # classes up to which there is a matrix; of more, the most frequent confusions
 NO_EFFECT = ("out", "name", "resume", "cache", "progress", "dry_run", "lr_find_only", "open", "log")  # change no result
@@ -83,11 +83,9 @@ def command_line(args, env):
     return shlex.join(words)
 
 
-def headline(args, env, rows, summary, live):
-    """The result, as [fact, value, note]."""
+def progress(args, env, rows, live):
+    """How far an unfinished run is, as [fact, value, note]."""
     n, epochs = len(rows.get("epoch", [])), args["epochs"]
-    if summary:
-        return final_headline(summary, env["images"]["test"], rows)
     if not n:
         expected = f"all take about {duration(env['expected_seconds'])}" if "expected_seconds" in env else ""
         return [["epoch", f"0 of {epochs}", expected if live else ""]]
@@ -102,9 +100,13 @@ def headline(args, env, rows, summary, live):
     ]
 
 
-def final_headline(s, images, rows):
-    """The result of a finished run, from its summary `s`."""
-    right = f"{images - s['mistakes']:,} of {images:,} images right; 95% interval {between(s, images)}"
+def result(run, interval):
+    """The result of a finished run, as [fact, value, note]; `run` as `advice` takes it."""
+    s, rows, n = run["summary"], run["rows"], run["n"]["test"]
+    sizes = [size for *_, size in run["recalls"] if size]
+    right = f"{n - s['mistakes']:,} of {n:,} images right; 95% interval {interval}"
+    if "balanced_acc" in s and max(sizes) >= UNEVEN * min(sizes):
+        right += f"; classes are uneven: balanced accuracy {s['balanced_acc']:.4f}, macro-F1 {s['macro_f1']:.4f}"
     if s.get("tta_test_acc") is not None:
         right += f"; {s['tta_test_acc']:.4f} with mirror images (tta)"
     if s.get("top5_acc") is not None:
@@ -124,11 +126,6 @@ def final_headline(s, images, rows):
         *([[f"test accuracy of {s['target']:g}", *reached]] if s["target"] else []),
         ["training", duration(s["train_seconds"]), speed],
     ]
-
-
-def between(summary, images):
-    """The 95% interval of test accuracy, as text."""
-    return "{:.4f} to {:.4f}".format(*wilson(summary["test_acc"], images))
 
 
 def settings(args, env):
@@ -153,7 +150,7 @@ def settings(args, env):
 
 
 def mistakes(folder):
-    """Of a finished run: classes, their recalls and scores, confusions, calibration, mistakes with pictures that fit.
+    """Of a finished run: classes, their recalls and scores, confusions, calibration, mistakes with pictures.
 
     Mistakes have `l`, the loss, and the probabilities of prediction (`p`) and truth (`q`).
     """
@@ -162,16 +159,14 @@ def mistakes(folder):
     pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:PAIRS]
     pictures = read_json(folder / "gallery.json") if (folder / "gallery.json").exists() else {}
-    rows, room, room_for_pictures = [], ROWS, PICTURES
+    rows, room = [], ROWS
     for _, file, truth, prediction, *numbers in read_table(folder / "mistakes.csv")[1:]:
         row = dict(zip("lpq", map(number, numbers)), file=file, truth=place[truth], prediction=place[prediction])
         room -= len(json.dumps(row))
         if room < 0:
             break
         if file in pictures:
-            room_for_pictures -= len(json.dumps(pictures[file]))
-            if room_for_pictures >= 0:
-                row["picture"] = pictures[file]
+            row["picture"] = pictures[file]
         rows.append(row)
     found = dict(classes=classes, confusion=counts if len(counts) <= MATRIX else None, pairs=pairs, mistakes=rows)
     found["recalls"] = [(name, counts[i][i], sum(counts[i])) for i, name in enumerate(classes)]
@@ -214,20 +209,21 @@ def of_run(folder, live):
         why = f" {env['ended'][0].upper()}{env['ended'][1:]}." if env.get("ended") else " --resume goes on with it."
         after_test = args["lr_find_only"] and "lr_suggestions" in env
         note = "Stopped after the range test." if after_test else f"Not finished: {n} of {args['epochs']} epochs.{why}"
-    result = headline(args, env, rows, summary, live)
-    commit, exact = env.get("commit") or "", summary and env["precision"] != "float32"
-    for name in (name for name in MEASURED if exact and name in summary):
-        rows[name][summary["best_epoch"] - 1] = number(summary[name])  # of the kept weights there is one number
     found = mistakes(folder) if summary else dict(classes=[], confusion=None, mistakes=[])
     pace = rows["seconds"][-1] / n if n else env.get("expected_seconds", 120 * args["epochs"]) / args["epochs"]
     doubts = read_table(folder / "doubts.csv")[1:]
     facts = dict(args=args, n=env["images"], rows=rows, summary=summary, cuts=cuts, doubts=doubts)
     facts |= dict(sets=env.get("sets", ""), recalls=found.pop("recalls", ()))
+    interval = summary and "{:.4f} to {:.4f}".format(*wilson(summary["test_acc"], env["images"]["test"]))
+    headline = result(facts, interval) if summary else progress(args, env, rows, live)
+    commit, exact = env.get("commit") or "", summary and env["precision"] != "float32"
+    for name in (name for name in MEASURED if exact and name in summary):
+        rows[name][summary["best_epoch"] - 1] = number(summary[name])  # of the kept weights there is one number
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note, "pace": number(pace),
-        "headline": result, "settings": settings(args, env),
+        "headline": headline, "settings": settings(args, env),
         "rows": rows, "cuts": cuts, "kept": summary and summary["best_epoch"], "target": args["target"] or None,
-        "exact": exact, "interval": summary and between(summary, env["images"]["test"]),
+        "exact": exact, "interval": interval,
         "batch": train_batch(folder / "train_batch.png"), "advice": advice(facts),
         "chosen_on": env["chosen_on"], "wrong": summary and summary["mistakes"],
         "range": columns(folder / "lr_find.csv"), "linear": args["lr_scale"] == "linear",
@@ -275,10 +271,9 @@ def band(group, column):
 def page(data):
     """The HTML of what `of_run` or `of_comparison` found."""
     safe = json.dumps(data, allow_nan=False).translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
-    progress = f"{data['headline'][0][1]}: " if data["state"] == "live" else ""
-    before, rest = TEMPLATE.read_text(encoding="utf-8").split("{{title}}")
-    between, after = rest.split("{{data}}")
-    return before + html.escape(progress + data["name"]) + between + safe + after
+    title = f"{data['headline'][0][1]}: {data['name']}" if data["state"] == "live" else data["name"]
+    text = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", safe, 1)
+    return text.replace("{{title}}", html.escape(title), 1)  # the first: data may hold these letters too
 
 
 def write(folder, live=False, show=False):
@@ -297,6 +292,13 @@ def write(folder, live=False, show=False):
     if show:
         webbrowser.open(file.resolve().as_uri())
     return file
+
+
+def say(folder):
+    """Prints the result of a finished run, as its page has it."""
+    for fact, value, note in of_run(folder, live=False)["headline"]:
+        print(f"{fact}: {value} ({printable(note)})")
+    print(f"open {printable(folder / 'report.html')}", flush=True)
 
 
 def follow(run, log):

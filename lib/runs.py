@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -141,7 +142,9 @@ def in_use(folder):
         lock = locked(folder) if (folder / ".lock").exists() else None
     except BadInput:
         return True
-    return bool(lock and lock.close())
+    if lock:
+        lock.close()
+    return False
 
 
 class Run:
@@ -222,14 +225,15 @@ def logger(kind, folder):
 
 
 def check_out(config, size=1):
-    """Raises BadInput where `--out`, or a run to resume, cannot hold `size` bytes (rights, a full disk, a quota)."""
+    """Raises BadInput where `--out`, or a run to resume, cannot hold `size` bytes (rights, a full disk)."""
     name = "resume" if config.resume else "out"  # a run that has moved goes on where it is
     path = Path(getattr(config, name)).expanduser().absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))  # nothing is made yet
     try:
         with tempfile.TemporaryFile(dir=nearest) as f:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(f.fileno(), 0, size)
+            f.write(b"x")
+        if shutil.disk_usage(nearest).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:  # its text would name a file that nobody knows
         needs = f"has no room for the {math.ceil(size / 1e6):,} MB that a run may take"
         text = f"cannot be written to, or {needs} ({e.strerror}); pass another"
@@ -290,13 +294,13 @@ def read_card(path):
         return card
 
 
-def facts(config, dls, model, machine):
+def facts(config, dls, model, precision, threads):
     """What `auto` became, and what the data is, for env.json and the first lines of a run."""
     return {
         "device": str(dls.device),
         "device_name": device_name(dls.device),
-        "precision": machine.precision,
-        "threads": machine.threads,
+        "precision": precision,
+        "threads": threads,
         "workers": dls.train.fake_l.num_workers,
         "size": dls.store.size,
         "batch_size": dls.train.bs,

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,9 +82,9 @@ BROKEN = {  # name of the file: (content, words of the line)
     "no pixels.ppm": (b"P6 0 0 255\n", "is no whole"),
     "bomb.png": (png(20_000, 20_000, zlib.compress(bytes(10**6))), "decompression bomb (mogrify -resize 50%"),
     "large.png": (png(14_000, 14_000, zlib.compress(bytes(10**6))), "more than 178,956,970 pixels"),
-    "more than the end.jpg": (encoded(IMAGE, "jpeg")[:-6], "runcated"),
-    "more than the end, progressive.jpg": (encoded(IMAGE, "jpeg", progressive=True)[:-6], "runcated"),
-    "far more than the end, progressive.jpg": (half(encoded(IMAGE, "jpeg", progressive=True)), "runcated"),
+    "no end.jpg": (encoded(IMAGE, "jpeg")[:-2], "runcated"),
+    "no end, progressive.jpg": (encoded(IMAGE, "jpeg", progressive=True)[:-2], "runcated"),
+    "truncated, progressive.jpg": (half(encoded(IMAGE, "jpeg", progressive=True)), "runcated"),
     "ribbon.png": (encoded(Image.new("RGB", (1, 2000)), "png"), "1 x 2000 pixels"),
     "text.png": (b"no image at all\n" * 20, "is no whole"),
     "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "is no whole"),
@@ -145,9 +146,6 @@ HANDLED = {  # name of the file: (content, or what makes it, mean colour)
     "16 bits.png": (encoded(Image.fromarray(np.full((20, 20), 204 * 257, np.uint16)), "png"), (204, 204, 204)),
     "16 bits.tif": (encoded(Image.fromarray(np.full((20, 20), 204 * 257, np.uint16)), "tiff"), (204, 204, 204)),
     "14 bits.png": (encoded(Image.fromarray(np.full((20, 20), 51 * 257, np.uint16)), "png"), (204, 204, 204)),
-    "no end.jpg": (encoded(FRAMES[1], "jpeg")[:-2], (0, 0, 254)),
-    "no end, progressive.jpg": (encoded(FRAMES[1], "jpeg", progressive=True)[:-2], (0, 0, 254)),
-    "no end, padded.jpg": (encoded(FRAMES[1], "jpeg")[:-2] + bytes(9), (0, 0, 254)),
     "108 megapixels.jpg": (lambda: encoded(Image.new("RGB", (12_000, 9_000), "blue"), "jpeg"), (0, 0, 254)),
     "108 megapixels.png": (lambda: encoded(Image.new("L", (12_000, 9_000), 255), "png"), (255, 255, 255)),
     "avif.avif": (encoded(FRAMES[1], "avif", quality=100), (0, 0, 255)),
@@ -352,9 +350,9 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_is_seen_before_training(photos, refused, tmp_path):
-    with full_disk(10**6):
-        line = refused("--data", photos)
+def test_no_room_is_seen_before_training(photos, refused, monkeypatch):
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    line = refused("--data", photos)
     assert "no room for the" in line and "--out" in line
 
 
@@ -498,7 +496,7 @@ def test_skipped_images_are_listed_and_the_setting_is_kept(spoiled, tmp_path, ca
     assert yaml.safe_load((run / "args.yaml").read_text())["bad_images"] == "skip"
     assert json.loads((run / "env.json").read_text())["skipped"] == 3
     assert main(["--resume", str(run), "--bad-images", "fail"]) == 2
-    assert "--bad-images: fail would change the result" in capfd.readouterr().err
+    assert "has skip, not fail; leave it out" in capfd.readouterr().err
     (spoiled / "b/0.png").unlink()
     assert main(["--resume", str(run), "--epochs", "2"]) == 2
     assert "are not those" in capfd.readouterr().err
@@ -560,7 +558,7 @@ def config_or_one_line(make, *names):
         return made
     except BadInput as e:
         assert "\n" not in str(e) and str(e).isprintable() and len(str(e)) < 2000
-        assert any(name in str(e) for name in (*names, "--config", *map(settings.flag_of, FIELDS))), str(e)
+        assert any(name in str(e) for name in (*names, "args.yaml", *map(settings.flag_of, FIELDS))), str(e)
 
 
 @hypothesis(max_examples=300, deadline=None)
@@ -638,6 +636,7 @@ def test_short_memory_is_one_line(photos, refused, monkeypatch):
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory:\n you tried"),
         torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. …'s workers are out of shared memory."),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
@@ -645,7 +644,7 @@ def test_short_memory_is_one_line(photos, refused, monkeypatch):
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError("a bug"),
     ]  # fmt: skip
-    for remedy in [*["a smaller --batch-size"] * 4, *["--workers 0"] * 3, "a smaller --batch-size"]:
+    for remedy in [*["a smaller --batch-size"] * 5, *["--workers 0"] * 3, "a smaller --batch-size"]:
         assert f"try {remedy}" in refused("--data", photos)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--data", str(photos)])

@@ -112,11 +112,12 @@ def test_no_whole_checkpoint_is_one_line(damage, whole, bands, tmp_path, capsys)
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--momentum", "0.5"], "--momentum: 0.5 would change the result"),
+        (["--momentum", "0.5"], "has 0.9, not 0.5; leave it out, or start a new run"),
         (["--seeds", "1"], "--seeds"),
         (["--epochs", "2"], "--epochs"),
         (["--data", "digits"], "--data digits: its images are not those"),
-        (["--lr-find-only"], "--lr-find-only"),
+        (["--lr-find-only"], "--lr-find-only: is for a new run; leave it out"),
+        (["--minutes", "5"], "--minutes: is for a new run; leave it out"),
     ],
 )
 def test_what_would_change_the_result_is_refused(more, words, whole, cache, capsys):

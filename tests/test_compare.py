@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -318,6 +319,13 @@ def test_what_is_in_the_way_is_left_there(bands, tmp_path, capsys):
     assert "is in the way" in capsys.readouterr().err and mine.read_text() == "years of work"
 
 
+def test_what_is_in_the_way_is_seen_before_the_first_run(tmp_path):
+    configs = config.variants(["--schedule", "plateau", "one_cycle", "--out", str(tmp_path), "--data", "digits"])
+    Path(configs[1].out, configs[1].name).mkdir(parents=True)
+    with pytest.raises(BadInput, match="one_cycle-s0: is in the way"):
+        compare.run(configs, lambda *args: pytest.fail("a run began"))
+
+
 def test_bad_input_of_one_variant_does_not_stop_the_others(tmp_path, capsys):
     def train(config, tested=None):
         ran.append(config.name)
@@ -440,6 +448,8 @@ def test_variants_are_named_by_what_varies_and_never_mixed():
     changed = [{}, {"flip": False}, {"balanced_batches": True, "accumulate": 4}, {"warmup_epochs": 2.0}]
     names = list(compare.by_variant([fake(0, **switches | new) for new in changed])[0])
     assert names == ["plateau", "no flip", "balanced batches, accumulate 4", "warmup epochs 2"]
+    names = list(compare.by_variant([fake(0, data=data) for data in ("/x/a", "/x/b-1", "/x/b-1.0")])[0])
+    assert names == ["plateau", "data /x/b-1", "data /x/b-1.0"]
     plain, averaged = dict(ema=0.0, threshold=1e-4), dict(ema=0.999, threshold=0.04)
     names = lambda *settings: list(compare.by_variant([fake(0, **one) for one in settings])[0])
     assert names(plain, averaged) == ["plateau", "ema 0.999"]  # which brings its threshold with it

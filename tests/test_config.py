@@ -194,7 +194,7 @@ def test_the_machine_is_made_as_the_settings_say(monkeypatch):
         kept = []
         m.setattr(machine, "keep_memory", lambda: kept.append("memory"))
         found = machine.prepare(asked)
-    assert (str(found.device), found.precision, found.threads, kept) == ("cpu", "bf16", 2, ["memory"])
+    assert (str(found[0]), *found[1:], kept) == ("cpu", "bf16", 2, ["memory"])
     first = torch.rand(2)
     torch.manual_seed(7)
     assert torch.get_num_threads() == 2 and torch.equal(first, torch.rand(2))

@@ -407,18 +407,19 @@ def test_settings_that_would_run_code_run_none(name, copied, tmp_path, refused):
 
 STEPS = [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]" for i in range(1, 40)]  # each three times the one before
 NESTED = "\n".join(["a0: &a0 [x, x]", *STEPS, "seeds: *a39"])
+PAIRS = f"seeds: !!pairs [a: [&b0 [x], {', '.join(f'&b{i} [*b{i - 1}, *b{i - 1}]' for i in range(1, 40))}]]"
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        NESTED, NESTED.replace("a0:", "data:", 1), "seeds: &x [*x]", "[" * 2000, "epochs: !!int ''",
+        NESTED, NESTED.replace("a0:", "data:", 1), "seeds: &x [*x]", PAIRS, "[" * 2000, "epochs: !!int ''",
         "flip: !!bool maybe", "name: !!timestamp x", "lr: " + "9:" * 400 + "9.5", "? [a, b]\n: 3", "\x1b[31m: 3",
         "epochs: " + "9" * 5000,
         "epochs: 0x" + "f" * 9999, "data: !!binary aGk=", "data: 2026-01-01", "a: 1\n---\nb: 2",
         "x" * 10**6, "model: {a: b}",
     ],
-    ids=range(17),
+    ids=range(18),
 )  # fmt: skip
 def test_odd_settings_are_refused_at_once(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)

@@ -42,7 +42,7 @@ def test_its_outputs_are_those_of_its_cells_small_and_good():
     pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 7 and sum(len(base64.b64decode(picture)) for picture in pictures) < 150_000
     printed = "".join(line for output in outputs for line in output.get("text", ()))
-    accuracies = [float(share) for share in re.findall(r"accuracy (0\.\d{4})", printed)]
+    accuracies = [float(share) for share in re.findall(r"accuracy:? (0\.\d{4})", printed)]
     assert len(accuracies) == 3 and min(accuracies) > 0.95
     assert not re.search(r"(?<![\w.~$])/(?:root|home|work|tmp)/", text)
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from scipy.stats import binomtest
 
 import train_fastai
 from lib import data, runs
@@ -167,17 +166,12 @@ def test_with_few_valid_images_their_loss_chooses_unless_asked(tmp_path, bands, 
     for name, more, by in (("auto", (), "loss"), ("asked", ("--keep", "valid_acc"), "accuracy")):
         assert main([*map(str, argv), "--name", name, *more]) == 0
         out, kept = capsys.readouterr().out, f"valid_{by[:4].replace('accu', 'acc')}"
-        few, rows = "8 valid images are few", rows_of(tmp_path / name / "results.csv")
-        first = f"{few} to choose with: one of them is 0.125 of accuracy, and the standard error of an accuracy of 0.5 "
-        assert f"{first}is 0.177; the weights are kept by {kept}\n" in out and f"best by valid {by} " in out
+        first = "8 valid images are few to choose with: one of them is 0.125 of accuracy, and the standard error of an "
+        said = f"{first}accuracy of 0.5 is 0.177; the weights are kept by {kept}\n"
+        assert out.endswith(f"open {tmp_path / name / 'report.html'}\n")
+        assert said in out and f"best by valid {by}; valid accuracy" in out
         assert json.loads((tmp_path / name / "env.json").read_text())["keep"] == kept
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
-        one, other = (float(row["valid_acc"]) for row in rows)
-        interval = binomtest(round(summary["valid_acc"] * 8), 8).proportion_ci(method="wilson")
-        error = f"{(interval.high - interval.low) / 2 / 1.96:.3f}"
-        error += f", and the best two epochs differ by {abs(one - other):.3f}"
-        assert summary["chosen_by"] == by and f"best by valid {by} " in out
-        assert f"{few}: the standard error of their accuracy is {error}\n" in out
+        assert json.loads((tmp_path / name / "summary.json").read_text())["chosen_by"] == by
 
 
 @pytest.mark.parametrize("n, by", [(99, "valid_loss"), (100, "valid_acc")])

@@ -14,9 +14,7 @@ from PIL import Image
 from sklearn import metrics
 
 from lib import models
-from lib.advice import standard_error
-from lib.cli import counted, duration, read_json
-from lib.config import FEW_VALID
+from lib.cli import read_json
 from lib.explain import gradcam, plots, scores
 from lib.explain.scores import accuracy
 from lib.machine import peak_rss_bytes
@@ -205,7 +203,7 @@ def save_confusion(run, test, classes, title):
 
 
 def save_mistakes(learn, config, run, test, images_of_test):
-    """Writes mistakes.csv, gallery.json and gradcam.png of an outcome on test; returns how many are in the last."""
+    """Writes mistakes.csv, gallery.json and gradcam.png of an outcome on test."""
     wrong = mistakes(learn, None, test)
     write_csv(run / "mistakes.csv", wrong, MISTAKE_COLUMNS)
     n, shown = min(config.gallery, len(wrong)), pictured(wrong, config.gallery)
@@ -215,7 +213,6 @@ def save_mistakes(learn, config, run, test, images_of_test):
         which = "All" if n == len(wrong) else "The worst"
         title = f"{run.path.name}: {which} {n} of {len(wrong)} mistakes on {images_of_test}"
         write_figure(run / "gradcam.png", plots.gradcam(*(each[:n] for each in pictures), wrong[:n], title))
-    return n
 
 
 def report(learn, config, run, rows, best, start, began):
@@ -237,45 +234,8 @@ def report(learn, config, run, rows, best, start, began):
     write_csv(run / "classes.csv", scores.of_classes(*test[:2], list(learn.dls.vocab)))
     write_csv(run / "calibration.csv", scores.reliability(*test[:2]))
     save_confusion(run, test, list(learn.dls.vocab), f"{title}\n{images_of_test}")
-    explained = save_mistakes(learn, config, run, test, images_of_test)
+    save_mistakes(learn, config, run, test, images_of_test)
     end = time.perf_counter()
     seconds = {"start_seconds": began - start, "end_seconds": end - trained, "total_seconds": end - start}
     summary |= {"other_load": load, **seconds}
     write_json(run / "summary.json", summary)  # last: it says that all is there
-    images = np.bincount(test[0])
-    uneven = images.max() >= scores.UNEVEN * max(images[images > 0].min(), 1)
-    few = few_to_choose_with(rows, valid) if len(valid[0]) < FEW_VALID else ""
-    print(closing(summary, explained, run.path, uneven, few), flush=True)
-
-
-def few_to_choose_with(rows, valid):
-    """A line that holds the standard error of the accuracy on few valid images beside the difference that it decided.
-
-    It is that of the page: a share of Wilson's interval, so it is not 0 even if all are right.
-    """
-    n = len(valid[0])
-    error = standard_error(accuracy(*valid[:2]), n)
-    best, *others = sorted((row["valid_acc"] for row in rows), reverse=True)
-    line = f"{n} valid images are few: the standard error of their accuracy is {error:.3f}"
-    return line + (f", and the best two epochs differ by {best - others[0]:.3f}\n" if others else "\n")
-
-
-def closing(s, explained, path, uneven, few=""):
-    """The result in three lines, and where to look; one more where classes are `uneven`, or valid images are `few`."""
-    chosen = "" if s["chosen_on"] == "valid" else " (test chose the weights: no held-out set)"
-    tta = "" if s["tta_test_acc"] is None else f"; with each image's mirror image (tta) {s['tta_test_acc']:.4f}"
-    epochs, seconds = s["epochs_to_target"], s["seconds_to_target"]
-    when = f"reached after {epochs} epochs, {seconds:.0f} s" if epochs else "not reached"
-    target = f"target {s['target']:g} of test accuracy {when}; " if s["target"] else ""
-    balanced = f"classes are uneven: balanced accuracy {s['balanced_acc']:.4f}, macro-F1 {s['macro_f1']:.4f}\n"
-    balanced = balanced if uneven else ""
-    mistakes = f"{explained} of {s['mistakes']} mistakes explained" if s["mistakes"] else "no mistakes to explain"
-    return (
-        f"test accuracy {s['test_acc']:.4f} with the weights of epoch {s['best_epoch']}, the best by {s['chosen_on']} "
-        f"{s['chosen_by']} (valid accuracy {s['valid_acc']:.4f}){chosen}{tta}\n{few}{balanced}"
-        f"{target}{counted(s['epochs'], 'epoch')} in {duration(s['train_seconds'])}, "
-        f"{s['images_per_second']:.0f} images/s; {duration(s['total_seconds'])} in all: "
-        f"{duration(s['start_seconds'])} before training (reading, range test), "
-        f"{duration(s['end_seconds'])} after it (evaluation, explanations)\n"
-        f"{mistakes}; open {path / 'report.html'}"
-    )

@@ -69,7 +69,7 @@ def results(
             ax.plot(*zip(*points), line, color=colour, label=label + note, marker=dots)
     if target:
         top.axhline(target, color=GREY, lw=1, ls=":", label=f"target {target:g}")
-    if best_epoch:
+    if best_epoch and "test_acc" in rows[0]:
         label = f"kept: epoch {best_epoch}, best {chosen_on} {chosen_by}"
         top.plot(best_epoch, rows[best_epoch - 1]["test_acc"], "o", color=VERMILION, mec="black", ms=8, label=label)
     beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0))  # no legend lies on a curve

@@ -52,7 +52,7 @@ class Turn(Callback):
 def child(argv):
     """Reads a number of seconds from each line of standard input, trains for that time, and prints the speed."""
     settings = config.parse(argv)
-    precision = machine.prepare(settings).precision
+    _, precision, _ = machine.prepare(settings)
     dls = loader.get_dls(settings)
     model = zoo.build(settings.model, len(dls.vocab), images=dls.train.plain()[0])
     turn = Turn()

@@ -162,9 +162,7 @@ def main():
     for folder in options.add:
         add(rows, folder)
     if not options.no_speeds:
-        measure(
-            rows, machine.prepare(parse(["--precision", options.precision, "--threads", options.threads])).precision
-        )
+        measure(rows, machine.prepare(parse(["--precision", options.precision, "--threads", options.threads]))[1])
     save(options, rows)
     for epochs in options.epochs:
         for seed in options.seeds:

@@ -121,12 +121,12 @@ def learner(root, options, epochs, seed, cache):
     """(config, learner) of a task."""
     always = ["--valid-pct", "0", "--schedule", "flat_cos", "--cache", str(cache), "--threads", "1"]
     settings = config.parse(["--data", str(root), *options, *always, "--epochs", str(epochs), "--seeds", str(seed)])
-    computer = machine.prepare(settings)
+    device, precision, _ = machine.prepare(settings)
     dls = data.get_dls(settings)
     machine.seed_everything(seed)
     model = models.build(settings.model, len(dls.vocab), "", dls.train.plain()[0])
     del dls.test  # it is valid
-    return settings, train.build(settings, dls, model, computer.precision)
+    return settings, train.build(settings, dls, model, precision)
 
 
 def accuracy_at(lr, *task):
