@@ -26,7 +26,7 @@ def main(argv=None):
     """Runs the command line `argv`. Returns 0, 1 (a rank is lost), 2 (bad input), 3 (diverged) or 130 (interrupted)."""
     cli.prepare_output()
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(cli.Lasting, streams)  # a run outlives its reader
+    sys.stdout, sys.stderr = map(cli.Lasting, streams)  # a run goes on when nobody reads its output any more
     gc.disable()  # before training there is no garbage, and looking for it takes a fifth of the start
     try:
         configs = settings.variants(argv)
@@ -70,7 +70,7 @@ def train(config, tested=None):
     from lib.train import budget, checkpoint, lecture, ranks, timing
 
     if not gc.isenabled() and not gc.get_freeze_count():  # the first run of a command
-        gc.freeze()  # what the imports made is never looked through
+        gc.freeze()  # the collector never looks through what the imports made
     if len(config.seeds) > 1:
         raise cli.BadInput(f"seeds {config.seeds}: train() makes one run; call it for each seed")
     models.check(config.model, config.pretrained)
@@ -84,10 +84,10 @@ def train(config, tested=None):
         ranks.check_same("the number format of --precision auto", precision)
         chosen, choices = ranks.same(ranks.on_first(budget.choose)(config, dls, precision, start))
         config = dataclasses.replace(config, **chosen)
-        asked, config = config, data.without_auto(config, dls)
+        asked, config = config, data.without_auto(config, dls)  # args.yaml has what was asked for
         machine.seed_everything(config.seed)
         model = models.build(config.model, len(dls.vocab), config.pretrained, dls.train.plain()[0])
-        models.cam_layer(model, dls.store.size)  # what cannot be explained is not trained
+        models.cam_layer(model, dls.store.size)  # raises BadInput if GradCAM could not explain the network
         sizes = lecture.batch_sizes(config)
         models.check_batches(model, config, sizes, len(dls.train.ids), dls.store.size, ranks.world())
         learn = training.build(config, dls, model, precision)
@@ -106,7 +106,7 @@ def train(config, tested=None):
 
 
 def begin(learn, config, run, facts, past, tested):
-    """What a run writes before it trains; returns its learning rate, found by the range test or given."""
+    """Writes and prints what comes before the training; returns the learning rate, given or from the range test."""
     from lib import data, models, report, runs
     from lib.data import augment
     from lib.explain import evaluate
@@ -166,7 +166,7 @@ def fit(learn, config, run, past, lr, start):
         complain(f"interrupted and saved; go on with: {go_on}")
         return 130
     finally:
-        ranks.on_first(report.write)(run.path)  # however it ended: the page renews itself no more
+        ranks.on_first(report.write)(run.path)  # however the run ended, this page no longer reloads itself
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def wilson(share, n):
 
 
 def standard_error(share, n):
-    """Of a share that was seen in n images, from its interval: it is not 0, even if the share is 0 or 1."""
+    """The standard error of a share seen in n images, from its interval: it is above 0 even if the share is 0 or 1."""
     low, high = wilson(share, n)
     return (high - low) / (2 * Z)
 

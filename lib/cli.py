@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MOST_TEXT = 10**6  # characters of a YAML file
-started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-if started.parent == Path(__file__).resolve().parent or started.name == "train_fastai.py":
-    os.environ["MPLBACKEND"] = "agg"  # a command draws into files alone; a notebook keeps its backend
+program = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()  # a notebook has no file
+if program.parent == Path(__file__).resolve().parent or program.name == "train_fastai.py":
+    os.environ["MPLBACKEND"] = "agg"  # a command draws only into files; a notebook keeps its backend
 
 
 def printable(text):
@@ -27,7 +27,7 @@ def is_text(value):
 
 
 class OneLine(Exception):
-    """An error whose text is the one line that the user reads. fastai may put text of its own before `args`."""
+    """An error of one line, `text`, for the user. `args` does not do: fastai may put text of its own before it."""
 
     def __init__(self, text):
         self.text = printable(text)
@@ -119,7 +119,7 @@ class Lasting:
 
 
 def prepare_output():
-    """UTF-8 where stdout is no terminal; a terminal that lacks a letter has it spelled out."""
+    """Makes stdout UTF-8 if it is no terminal; a letter that a terminal lacks is spelled out. Opens closed streams."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, or a program without a window
             setattr(sys, name, open(os.devnull, "w"))
@@ -130,7 +130,7 @@ def prepare_output():
 
 
 def command(function):
-    """`main(argv)` of a module: exit status 0 or what `function` returns; 2 and one line for its BadInput; or 130."""
+    """`function(argv)` as a `main` that returns an exit status: the function's or 0, 2 for BadInput, 130 for Ctrl-C."""
 
     def main(argv=None):
         prepare_output()
@@ -167,7 +167,7 @@ class Parser(argparse.ArgumentParser):
             word = flags[0].strip("-").replace("_", "-")
             here = self._option_string_actions
             ours = next((flag for flag, others in OTHER_NAMES.items() if word in others.split()), None)
-            meant = guess(flags[0], here) if not ours else f" (did you mean {ours}?)" if ours in here else ""
+            meant = f" (did you mean {ours}?)" * (ours in here) if ours else guess(flags[0], here)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return known
 

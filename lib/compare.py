@@ -26,7 +26,7 @@ NEEDED = """test_acc last_test_acc valid_acc best_epoch epochs_to_target seconds
     optimizer_state_bytes target""".split()
 NAMES = ("schedule", "optimizer", "model")  # settings whose values say by themselves what they are
 MAY_CHANGE = (*MACHINE, "out")  # settings that may change while a comparison goes on
-UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam", "target")  # in these runs of a variant may differ
+UNNAMED = (*MAY_CHANGE, "seeds", "fold", "name", "gallery", "cam", "target")  # runs of one variant may differ in these
 
 
 def run(configs, train):
@@ -149,7 +149,7 @@ def by_variant(runs):
     differ = [name for name in first if name not in UNNAMED and len({repr(args.get(name)) for args in every}) > 1]
     axes = [name for name in AXES if name in differ]
     chosen = [name for name in differ if any(args[name] != implied(args, name) for args in every)]
-    for shown in (axes, chosen, differ):
+    for shown in (axes, chosen, differ):  # the fewest words that tell the variants apart
         variants = {}
         for run, args in zip(runs, every):
             values = [args[name] if name in NAMES else worded(name, args[name]) for name in axes]
@@ -255,7 +255,7 @@ def table(variants):
         forms |= {"train_seconds": "{:.0f}"}
         mark = " *" if any(map(disturbed, runs)) else ""
         values = {key: [run["summary"][key] for run in runs] for key in forms}
-        cells = [spread(values[key], form) + mark * key.endswith("seconds") for key, form in forms.items()]
+        cells = [spread(values[key], form) + mark * ("seconds" in key) for key, form in forms.items()]
         if folds:
             pooled = on_all_images(runs)
             cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
@@ -302,8 +302,8 @@ def report(folders, out, show=False):
 
 
 def same_images(runs):
-    """Whether no two of the runs show by their fingerprints that they saw different images."""
-    made = lambda run: (run["args"]["fold"], run["env"].get("size"))  # a fingerprint depends on these two
+    """Whether all runs of one fold and size have one fingerprint: no two are known to have seen different images."""
+    made = lambda run: (run["args"]["fold"], run["env"].get("size"))  # another fold or size is another fingerprint
     return len({(made(run), run["env"]["data_fingerprint"]) for run in runs}) == len(set(map(made, runs)))
 
 

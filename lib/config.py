@@ -29,7 +29,7 @@ ENDLESS = ("plateau", "grow_batch", "constant")  # schedules that do not depend 
 
 AXES = ("schedule", "optimizer", "momentum", "lr", "batch_size", "model")  # several values of these are a comparison
 PATHS = ("data", "augment", "out", "cache", "resume", "pretrained")
-# Settings that change no result by more than the rounding of another machine, and those that a resumed run may change.
+# MACHINE: settings that change a result by rounding at most. RESUME_MAY_CHANGE: those that a resumed run may change.
 MACHINE = """resume cache compile device workers threads progress dry_run lr_find_only checkpoint_seconds open
     log""".split()
 RESUME_MAY_CHANGE = (*MACHINE, "epochs", "data", "target", "gallery", "cam")
@@ -39,26 +39,26 @@ NOT_IN_RANGE_TEST = """schedule epochs keep stop_after monitor patience_epochs f
     max_batch_size ema target gallery cam name out""".split()
 RESOLVED = ("threads", "precision", "size", "batch_size", "keep")  # a resumed run keeps what `auto` became
 
-# The defaults of the settings that say None below. A source of images has its own, and so have other settings' values.
+# The defaults of the settings that say None below. SOURCES and IMPLIED change them, by the values of other settings.
 COMMON = dict(schedule="plateau", epochs=50, model="medium", flip=True, label_smoothing=0, pct_start=0.25,
               cycle_length=0.2, ema=0.0, threshold=1e-4, target=0.0)  # fmt: skip
-SOURCES = {  # the loss of averaged weights creeps on
+SOURCES = {  # threshold: with ema the loss keeps falling a little, and only a fall by 4% counts as better
     "cifar10": {"label_smoothing": 0.1, "ema": 0.999, "threshold": 0.04, "target": 0.88},
     "digits": {"epochs": 20, "model": "small", "flip": False},
 }
-IMPLIED = {  # setting: what its value makes the defaults of settings below it
+IMPLIED = {  # setting: function of its value that gives new defaults for settings further down in Config
     "data": lambda source: SOURCES.get(source, {}),
     "minutes": lambda some: {"schedule": "one_cycle", "epochs": "auto", "model": "auto"} if some else {},
     "schedule": {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}.get,
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
     "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 2.0}}.get,
     "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
-    "ema": lambda decay: {} if decay else {"threshold": COMMON["threshold"]},  # only averaged weights' loss creeps on
+    "ema": lambda decay: {} if decay else {"threshold": COMMON["threshold"]},
 }
 
 
 def option(default, help, *flags, low=None, high=None, alone=None):
-    """A field of `Config` and its option; None: the default is in the tables; `alone` is what the bare flag means."""
+    """A field of `Config` and its flag, from `low` to `high`. Default None: see COMMON. A bare flag means `alone`."""
     return dataclasses.field(default=default, metadata=dict(help=help, flags=flags, low=low, high=high, alone=alone))
 
 
@@ -149,9 +149,9 @@ class Config:
             object.__setattr__(self, field.name, value)
             if field.name in IMPLIED:
                 defaults |= IMPLIED[field.name](value) or {}
-        if self.patience_epochs == "auto" != self.epochs:
+        if self.patience_epochs == "auto" and self.epochs != "auto":
             object.__setattr__(self, "patience_epochs", max(self.epochs // 10, 1))
-        fixed = f"--epochs {self.epochs} (or --epochs auto)" if self.epochs != "auto" else "--compile" * self.compile
+        clash = "--compile" * self.compile if self.epochs == "auto" else f"--epochs {self.epochs} (or --epochs auto)"
         not_a_folder = os.path.basename(self.name) != self.name or self.name.startswith(".")
         for wrong, text in (
             (self.perturb_on_plateau and not self.grad_noise, "perturb-on-plateau: needs --grad-noise, such as 0.01"),
@@ -159,7 +159,7 @@ class Config:
             (self.epochs == "auto" and not self.minutes, "epochs: auto needs --minutes"),
             (self.lr_find_only and self.lr != "find", "lr-find-only: needs --lr find"),
             (self.model == "auto" and not self.minutes, "model: auto needs --minutes"),
-            (self.minutes and fixed, f"minutes: chooses the epochs by the speed of plain steps; leave out {fixed}"),
+            (self.minutes and clash, f"minutes: chooses the epochs by the speed of plain steps; leave out {clash}"),
             (self.model == "auto" and self.pretrained, "pretrained: needs --model where --minutes chooses"),
             (self.optimizer == "nesterov" and not self.momentum, "momentum: nesterov needs more than 0, or is sgd"),
             (self.threshold_mode == "rel" and self.monitor.endswith("loss") and self.threshold >= 1,
@@ -193,7 +193,7 @@ def flag_of(name):
 
 
 def kind_and_words(annotation):
-    """What an annotation allows: the class of a value (None: words alone), and the words that it may be instead."""
+    """(class or None, words) of an annotation: int | Literal["auto"] gives (int, ["auto"])."""
     parts = [inner for part in get_args(annotation) for inner in get_args(part) or [part]] or [annotation]
     return next((part for part in parts if isinstance(part, type)), None), [p for p in parts if isinstance(p, str)]
 
@@ -218,7 +218,7 @@ def check_one(field, value):
         if kind in (int, float) and not isinstance(value, bool):
             number = kind(value)
             most = math.inf if high is None else high
-            if number in (value, float(value)) and low <= number <= most and number < math.inf:
+            if number in (value, float(value)) and low <= number <= most and number < math.inf:  # 2.5 is no int
                 return number
         elif kind in (str, bool) and isinstance(value, kind) and (kind is bool or is_text(value)):
             if field.name in PATHS and os.path.expanduser(value).startswith("~"):
@@ -282,9 +282,9 @@ def read(argv):
 def resumed(flags):
     """The `Config` of the run folder that `flags` resume. Raises BadInput for a flag that a resumed run cannot take."""
     run = Path(check(FIELDS["resume"], flags["resume"])).expanduser()
-    whole = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
-    if whole != run:
-        raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {whole}, which goes on from last.pt")
+    folder = next((p for p in (run, *run.parents) if (p / "args.yaml").exists()), run)
+    if folder != run:
+        raise BadInput(f"--resume {run}: lies in a run folder; pass --resume {folder}, which goes on from last.pt")
     with refused(f"--resume {run}: is no run folder, or damaged"):
         env = read_json(run / "env.json")
         ended = int(read_json(run / "summary.json")["epochs"]) if (run / "summary.json").exists() else math.inf
@@ -298,7 +298,7 @@ def resumed(flags):
     config = dataclasses.replace(before, **flags)
     for name in FIELDS:
         value, kept = getattr(config, name), getattr(before, name)
-        moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # the same file elsewhere
+        moved = name == "pretrained" and not {"", "torchvision"} & {value, kept}  # a file that may lie elsewhere now
         if name not in RESUME_MAY_CHANGE and value != kept and not moved:
             raise BadInput(f"{flag_of(name)}: {run} has {kept}, not {value}; leave it out, or start a new run")
     if config.epochs < before.epochs or (config.epochs > before.epochs and config.schedule not in ENDLESS):

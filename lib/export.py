@@ -17,9 +17,9 @@ TOLERANCE = 1e-4  # between torch's probabilities and onnxruntime's
 
 
 def onnx(predict):
-    """(content of model.onnx, how far it is from torch): the network, with all that follows the crop.
+    """(content of model.onnx, sentence on how far it is from torch). It is the network with all that follows the crop.
 
-    Raises BadInput without the packages that it takes, or where onnxruntime does not agree with torch on noise.
+    Raises BadInput if a package is missing, or if onnxruntime does not agree with torch on images of noise.
     """
     import torch
 

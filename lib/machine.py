@@ -38,7 +38,7 @@ def launched():
     return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def on_this_machine():
+def processes_here():
     """How many processes of this run are on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
@@ -51,17 +51,17 @@ def cores():
 
 
 def useful_workers(device, batch):
-    """How many processes to load batches of `batch` bytes with: none for a CPU, whose cores have enough to do."""
-    if device.type == "cpu" or sys.platform == "win32":  # there each would be sent all pixels
+    """How many processes should load batches of `batch` bytes: none for a CPU, whose cores have enough to do."""
+    if device.type == "cpu" or sys.platform == "win32":  # Windows would send all pixels to each process
         return 0
-    workers = min(8, max(1, cores() // on_this_machine()))
+    workers = min(8, max(1, cores() // processes_here()))
     shared = Path("/dev/shm")  # where two batches a worker wait; a container often has 64 MB
     return max(0, min(workers, (shutil.disk_usage(shared).free // batch - 2) // 2)) if shared.is_dir() else workers
 
 
 @contextmanager
 def signals_held():
-    """Inside the block Ctrl-C and SIGTERM wait. Processes that begin in it begin with that."""
+    """Ctrl-C and SIGTERM wait until the block ends. In a process that is started inside, they wait from its start."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -73,9 +73,9 @@ def signals_held():
 
 
 def leave_signals():
-    """In a loader process: signals to all processes are for its run, which finishes what is under way and saves.
+    """Makes a loader process ignore Ctrl-C, and every SIGTERM that its parent, the run, did not send.
 
-    Ctrl-C is ignored. Only a SIGTERM of its run ends it.
+    A signal to all processes is meant for the run: it finishes what is under way, and saves.
     """
 
     def end():
@@ -90,7 +90,7 @@ def leave_signals():
 
 
 def busy_seconds():
-    """(seconds that other programs have worked on the cores that this process may use, how many these are).
+    """(seconds that other programs have worked on the cores that this process may use, the number of these cores).
 
     None if not on Linux. Programs with a lower priority (`nice`) give way to this one, so their work does not count.
     """
@@ -152,7 +152,7 @@ def environment():
 
 
 def computes(gpu):
-    """Whether torch can compute on a GPU that there is. A line says if not: it, or its driver, may be too old."""
+    """Whether torch can compute on the GPU `gpu`; prints why not. The GPU or its driver may be too old."""
     import torch
 
     try:
@@ -168,7 +168,7 @@ def pick_device(config):
     """`--device` as a torch.device; auto is the rank's own GPU, or the best device there is. Raises BadInput."""
     import torch
 
-    processes, gpus = on_this_machine(), torch.cuda.device_count()
+    processes, gpus = processes_here(), torch.cuda.device_count()
     one_each = config.device == "cuda" or (config.device == "auto" and gpus > 0)
     if launched() and one_each and processes <= gpus:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -218,7 +218,7 @@ def set_threads(config):
     """
     import torch
 
-    auto = max(1, cores() // on_this_machine()) if launched() else min(torchs_threads(), cores())
+    auto = max(1, cores() // processes_here()) if launched() else min(torchs_threads(), cores())
     torch.set_num_threads(auto if config.threads == "auto" else config.threads)
     return torch.get_num_threads()
 

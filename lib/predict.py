@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lib.cli import BadInput, Parser, command, printable, refused
-from lib.data.decode import EXTENSIONS, batch_size, centre, read
+from lib.data.decode import EXTENSIONS, centre, evaluation_batch, read
 from lib.data.folders import LINKS, OTHERS, UNREAD, images_in
 from lib.runs import as_csv, write_table
 
@@ -106,7 +106,7 @@ class Predictor:
         """Yields the images of one batch after the other, and their pixels, which threads decode."""
         images = iter(images)
         with ThreadPoolExecutor() as pool:
-            while batch := list(islice(images, batch_size(self.size))):
+            while batch := list(islice(images, evaluation_batch(self.size))):
                 good = []
                 for image, task in [(image, pool.submit(self.prepared, image)) for image in batch]:
                     try:
@@ -129,7 +129,7 @@ def find(arguments, complain=print):
     for path in map(Path, arguments):
         try:
             files += sorted(inside(path, complain), key=Path.as_posix) if path.is_dir() else [path]
-            path.stat()
+            path.stat()  # raises for a file that is not there
         except OSError as e:
             raise BadInput(f"{e.filename or path}: {e.strerror.lower()}") from None
     return files
@@ -142,8 +142,8 @@ def inside(folder, complain):
     for p in sorted(p for p in passed[LINKS] if not os.path.isfile(p)):
         complain(f"{p}: is passed over; links to folders, broken links and devices are not read")
     for p in sorted(passed[UNREAD] + passed[OTHERS]):
-        known = p in passed[UNREAD] or os.path.splitext(p)[1].lower() in Image.registered_extensions()
-        if known or (mimetypes.guess_type(p)[0] or "").startswith("image/"):  # not every system has its list
+        is_image = p in passed[UNREAD] or os.path.splitext(p)[1].lower() in Image.registered_extensions()
+        if is_image or (mimetypes.guess_type(p)[0] or "").startswith("image/"):  # some systems have no list of types
             complain(f"{p}: is passed over; read are {' '.join(EXTENSIONS)}{HOW * (p in passed[UNREAD])}")
     if not found:
         raise BadInput(f"{folder}: no images ({' '.join(EXTENSIONS)})")
@@ -156,9 +156,9 @@ def explain(predict, folder, first, files, pixels, x, p):
     from lib.explain import maps, plots
 
     cams = maps(predict.model, models.cam_layer(predict.model, predict.size), x, p.argmax(1))
-    for row, (file, image, cam, shares) in enumerate(zip(files, pixels, cams, p), first):
-        prediction = plots.short(predict.classes[shares.argmax()], 30)
-        title = f"{plots.short(file.name, 40)}\n{prediction} {shares.max():.1%}"
+    for row, (file, image, cam, p_image) in enumerate(zip(files, pixels, cams, p), first):
+        prediction = plots.short(predict.classes[p_image.argmax()], 30)
+        title = f"{plots.short(file.name, 40)}\n{prediction} {p_image.max():.1%}"
         name = re.sub(r"[^\w.-]", "_", file.stem).encode()[:80].decode(errors="ignore")
         runs.write_figure(folder / f"{row:05}-{name}.png", plots.explanation(image, cam, title))
 
@@ -170,8 +170,8 @@ def rows(predict, files, complain, folder=None):
         if folder:
             explain(predict, folder, done + 1, batch, pixels, x, p)
         done += len(p)
-        for file, shares in zip(batch, p):
-            yield file, predict.classes[shares.argmax()], f"{shares.max():.6f}"
+        for file, p_image in zip(batch, p):
+            yield file, predict.classes[p_image.argmax()], f"{p_image.max():.6f}"
 
 
 def to_file(run, files, device):

@@ -65,13 +65,13 @@ def as_text(facts):
 
 
 def command_line(args, env):
-    """The command line of the settings `args`; what was typed, where they are those of another version."""
+    """The command line that gives the settings `args`. If another version wrote them: the one that was typed."""
     timm = ["--extra", "timm"] if str(args.get("model")).startswith("timm/") else []
     words, given = ["uv", "run", *timm, "train_fastai.py"], {}
     try:
         config = Config(**{k: v for k, v in args.items() if k not in NO_EFFECT}).to_dict()
         for name, value in config.items():
-            if value == Config(**given).to_dict()[name]:
+            if value == Config(**given).to_dict()[name]:  # the words so far imply it
                 continue
             given[name] = value
             if isinstance(value, bool):
@@ -136,7 +136,7 @@ def settings(args, env):
     momentum = f", momentum {cycle if args['schedule'] == 'one_cycle' else format(args['momentum'], 'g')}"
     momentum = momentum if args["optimizer"] in MOMENTUM else ""
     device = f" ({env['device_name']})" if env["device_name"] != env["device"] else ""
-    plans = ", or ".join(f"{name} for {epochs} epochs" for name, (epochs, _) in env.get("choices", {}).items())
+    plans = ", or ".join(f"{name} for {counted(n, 'epoch')}" for name, (n, _) in env.get("choices", {}).items())
     return [
         ["data", f"{args['data']}: {sets}; {len(env['classes'])} classes, {env['size']} x {env['size']} pixels"],
         ["network", f"{args['model']}, {env['params']:,} parameters"],
@@ -218,7 +218,7 @@ def of_run(folder, live):
     headline = result(facts, interval) if summary else progress(args, env, rows, live)
     commit, exact = env.get("commit") or "", summary and env["precision"] != "float32"
     for name in (name for name in MEASURED if exact and name in summary):
-        rows[name][summary["best_epoch"] - 1] = number(summary[name])  # of the kept weights there is one number
+        rows[name][summary["best_epoch"] - 1] = number(summary[name])  # one number for the kept weights: in float32
     return {
         "kind": "run", "name": folder.resolve().name, "state": state, "note": note, "pace": number(pace),
         "headline": headline, "settings": settings(args, env),
@@ -237,7 +237,7 @@ def of_run(folder, live):
 
 
 def of_comparison(folder):
-    """What the page shows of a comparison; curves are those of the run folders that are where comparison.csv says."""
+    """What the page shows of a comparison. It has curves of those run folders that comparison.csv still finds."""
     head, *lines = read_table(folder / "comparison.csv")
     rows, variants = [dict(zip(head, line)) for line in lines], {}
     _, table, *notes = (folder / "comparison.md").read_text(encoding="utf-8").strip().split("\n\n")
@@ -264,8 +264,8 @@ def band(group, column):
     to, back = (math.log, math.exp) if column == "lr" else (float, float)
     epochs = zip(*[run[column] for run in group if run.get(column)])  # they end with the run that ends first
     epochs = [[to(v) for v in epoch if v is not None and (v > 0 or column != "lr")] for epoch in epochs]
-    ends = lambda v: [m := statistics.fmean(v), m - (s := statistics.stdev(v) if len(v) > 1 else 0), m + s]
-    return [[number(back(x)) for x in ends(v)] if v else [None] * 3 for v in epochs]
+    ends = lambda mean, deviation: [number(back(x)) for x in (mean, mean - deviation, mean + deviation)]
+    return [ends(statistics.fmean(v), statistics.stdev(v) if v[1:] else 0) if v else [None] * 3 for v in epochs]
 
 
 def page(data):

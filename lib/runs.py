@@ -29,12 +29,12 @@ from lib.cli import BadInput, counted, one_line, printable, read_json, refused
 from lib.config import FEW_VALID, RESOLVED, data_name, read_file
 from lib.machine import device_name, environment
 
-ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: tables and figures; 3 checkpoints of up to 4 floats a weight
+ROOM, ROOM_A_WEIGHT = 20_000_000, 48  # bytes: of tables and figures; of a weight, 3 checkpoints x 4 floats x 4
 OF_MACHINE = ("device", "precision", "threads", "workers")  # facts that may change when a run is resumed
 
 
 def write(path, content, keep=None):
-    """Writes `content` (text or bytes) to `path`, whole or not at all; the file there is kept as `keep`.
+    """Writes `content` (text or bytes) to `path`, whole or not at all. A file already there is renamed to `keep`.
 
     Makes the folder where there is none. Raises BadInput where it cannot be written.
     """
@@ -76,14 +76,14 @@ def write_table(path, header, rows):
 
 def as_csv(rows):
     """Lists of values as CSV."""
-    text, alone = io.StringIO(), any("\r" in str(value) for row in rows for value in row)
-    quoting = csv.QUOTE_ALL if alone else csv.QUOTE_MINIMAL  # Python 3.11 leaves a lone \r without quotes
+    text, has_cr = io.StringIO(), any("\r" in str(value) for row in rows for value in row)
+    quoting = csv.QUOTE_ALL if has_cr else csv.QUOTE_MINIMAL  # Python 3.11 leaves a lone \r without quotes
     csv.writer(text, lineterminator="\n", quoting=quoting).writerows(rows)
     return text.getvalue()
 
 
 def write_csv(path, rows, columns=None):
-    """Writes a list of dicts that share their keys; `columns` where there may be none."""
+    """Writes a list of dicts with the same keys as CSV. Without `columns` there must be at least one."""
     columns = columns or list(rows[0])
     write_table(path, columns, [[row[column] for column in columns] for row in rows])
 
@@ -133,7 +133,7 @@ def locked(folder):
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN) and file:
             raise BadInput(f"{folder}: another process trains in it; wait for its end, or stop it") from None
-    return file  # None where nothing can be written, which the next file says; without effect on disks without locks
+    return file  # None on Windows, or if the folder takes no file, as the next `write` says; some disks lock nothing
 
 
 def in_use(folder):
@@ -205,9 +205,9 @@ def writer(kind, folder):
 
 
 def logger(kind, folder):
-    """A function that logs the last of the rows it is given, an epoch's; for "none" it does nothing.
+    """A function of the rows of all epochs so far: it logs the last one. For "none" it does nothing.
 
-    Raises BadInput where the log cannot be begun. An epoch that it does not take is a warning: training goes on.
+    Raises BadInput if the log cannot be begun. If an epoch cannot be logged, a line warns, and training goes on.
     """
     if kind == "none":
         return lambda rows: None

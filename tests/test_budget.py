@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lib.cli import BadInput
+from lib.cli import BadInput, counted
 from lib.config import MODELS, parse
 from lib.train import budget
 from train_fastai import main
@@ -128,11 +128,11 @@ def test_a_run_ends_in_time_and_its_settings_repeat_it(bands, tmp_path, monkeypa
     assert main(["--data", str(bands), *options, "--minutes", str(minutes), "--out", str(tmp_path)]) == 0
     if minutes == 1:  # a time of seconds is that of the machine's other programs
         assert time.perf_counter() - start < 60 * minutes
-    told = int(re.search(r"s: small, (\d+) epochs", capsys.readouterr().out)[1])
+    told = int(re.search(r"s: small, (\d+) epoch", capsys.readouterr().out)[1])
     env = json.loads((tmp_path / "x/env.json").read_text())
     assert env["minutes"] == minutes and env["choices"]["small"][0] == told
     assert len((tmp_path / "x/results.csv").read_text().splitlines()) == told + 1
     page = (tmp_path / "x/report.html").read_text()
-    assert f'["chosen for", "{minutes:g} minutes: small for {told} epochs"]' in page
+    assert f'["chosen for", "{minutes:g} minutes: small for {counted(told, "epoch")}"]' in page
     assert main(["-c", str(tmp_path / "x/args.yaml"), "--name", "y", "--dry-run"]) == 0
-    assert f"one_cycle, {told} epochs" in capsys.readouterr().out
+    assert f"one_cycle, {counted(told, 'epoch')}" in capsys.readouterr().out

@@ -195,6 +195,8 @@ def test_seconds_of_a_run_that_was_disturbed_are_marked():
     run = lambda seed, **more: {"args": {"seeds": [seed], "folds": 0, "fold": 0}, "summary": summary | more}
     for load, mark in ((0.3, " *"), (0.2, ""), (None, "")):
         assert f"| 90 ± 0{mark} |" in compare.table({"x": [run(0), run(1, other_load=load)]})[0]
+        timed = dict(target=0.88, epochs_to_target=3, seconds_to_target=60.0, other_load=load)
+        assert f"| 60{mark} | 90{mark} |" in compare.table({"x": [run(0, **timed)]})[0]
 
 
 def test_folds_are_runs_of_a_comparison(photos, tmp_path, capsys):

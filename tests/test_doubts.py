@@ -132,7 +132,7 @@ def test_small_things_on_a_plain_ground_are_no_copies(tmp_path):
     for i, image in enumerate(images):
         for _ in range(i % 3 + 1):
             cv2.circle(image, tuple(map(int, rng.integers(8, 88, 2))), int(rng.integers(4, 9)), (255, 255, 255), -1)
-    hashes, thumbnails = doubts.prints(images, range(200))
+    hashes, thumbnails = doubts.fingerprints(images, range(200))
     assert len(doubts.pairs(hashes, thumbnails)) < 20  # some lie by chance in nearly the same place
     thumbnails[1], hashes[1] = thumbnails[0] + 1, hashes[0]
     assert [0, 1] in doubts.pairs(hashes, thumbnails).tolist()

@@ -595,6 +595,28 @@ def test_a_look_of_ones_own_goes_through_fastais_contexts(learner):
     assert state_of(learn) == before
 
 
+def test_learners_made_in_a_loop_begin_apart(dls):
+    torch.manual_seed(0)
+    starts = []
+    for _ in range(3):
+        learn = SGDLearner(dls, models.build("small", 4), cbs=Callback())
+        starts.append(fingerprint(learn.model.state_dict()))
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
+    assert len({*starts}) == 3
+
+
+def test_an_optimizer_that_a_user_sets_keeps_its_momentum(learner):
+    learn = learner()
+    for kind, mom in ((torch.optim.SGD, 0), (torch.optim.Adagrad, None)):
+        learn.opt = OptimWrapper(opt=kind(learn.model.parameters(), 0.1))
+        learn.fit(1)
+        assert learn.opt.hypers[0].get("mom") == mom
+    learn = learner(optimizer="adam")
+    learn.create_opt()
+    assert None not in learn.opt.hypers[0].values()  # TensorBoardCallback takes numbers alone
+
+
 def test_dropout_may_be_sampled(dls, learner):
     learn = SGDLearner(dls, torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(3072, 4)))
     learn.remove_cb(learn.progress)
@@ -627,6 +649,8 @@ def test_lr_find_has_fastais_face(learner):
     assert mixed.lr_find(show_plot=False) != learner().lr_find(show_plot=False)
     with pytest.raises(BadInput, match="diverged at once"):
         learner(cbs=TerminateOnNaNCallback()).lr_find(1e30, 1e35)
+    with pytest.warns(UserWarning, match="never falls"):  # as after a fit and unfreeze: the curve is still to be read
+        assert learn.lr_find(1e-12, 1e-11, show_plot=False).valley > 0
     batches = []
 
     class Asks(Callback):  # as fastai's own do
@@ -707,6 +731,8 @@ def test_albumentations_in_a_data_block_of_ones_own(bands):
     assert (a != b).flatten(1).any(1).sum() >= 7
     valid = dls.valid
     assert torch.equal(valid.one_batch()[0], valid.one_batch()[0])
+    block = block.new(item_tfms=[AlbumentationsTransform([A.CenterCrop(8, 8)]), Resize(32)])
+    assert block.dataloaders(bands, bs=8, num_workers=0).one_batch()[0].shape[2:] == (8, 8)  # it comes after Resize
 
 
 @covers(learner="no_logging")

@@ -56,7 +56,7 @@ def pretended(parse, monkeypatch, *argv):
     dls = data.get_dls(settings)
     batches = {id(dl.fake_l): [tuple(t.as_subclass(torch.Tensor) for t in b) for b in list(dl)[:8]] for dl in dls}
     monkeypatch.setattr(loader, "_loaders", [lambda fake_l: iter(batches[id(fake_l)])] * 2)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices, enabled=True: contextlib.nullcontext())
 
     def backward(learn):
         for p in learn.model.parameters():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.data.load import SkipItemException
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
@@ -148,7 +149,9 @@ def test_everything_that_is_an_image_is_read_alike(dls):
 
 def test_fastais_looks_at_a_batch_work(dls, tmp_path):
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(16 * 16 * 3, 3)), CrossEntropyLossFlat(), path=tmp_path)
-    dls.show_batch(max_n=4), dls.valid.show_batch(max_n=2), dls.train.show_batch(unique=True, max_n=4)
+    dls.show_batch(max_n=4), dls.valid.show_batch(max_n=2)
+    *_, items = dls.train.show_batch(show=False, unique=True, max_n=8)  # one image, augmented anew each time
+    assert len({label for _, label in items}) == 1 and len({np.asarray(image).tobytes() for image, _ in items}) > 4
     learn.show_results(max_n=2)
     path = dls.valid.dataset.items[0]
     assert learn.predict(path)[0] == learn.predict(np.asarray(Image.open(path)))[0] in dls.vocab
@@ -255,3 +258,17 @@ def test_workers_may_start_in_any_way(method, cached, folder, parse, tmp_path):
         assert equal(batches(dls.train.new(num_workers=2)), batches(dls.train.new()))
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_batch_transform_may_expand_an_image(dls):
+    plain, fastais = dls.valid.after_batch.fs[-1], Normalize.from_stats(dls.mean, dls.std, cuda=False)
+    x = TensorImage(torch.rand(4, 1, 16, 16)).expand(4, 3, 16, 16)
+    assert torch.allclose(plain(x).float(), fastais(x).float(), atol=1e-6)
+
+
+def test_loaders_are_on_the_device_of_the_settings(parse, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loader, "pick_device", lambda config: asked.append(config.device) or torch.device("cpu"))
+    settings = parse("--data", folder, "--size", 16, "--device", "cuda")
+    assert loader.get_dls(settings).device.type == "cpu" and asked == ["cuda"]
+    assert loader.get_dls(settings, "cpu").device.type == "cpu" and asked == ["cuda"]

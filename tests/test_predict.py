@@ -113,7 +113,7 @@ def test_batches_and_threads_change_nothing(trained, monkeypatch):
     assert len(files) == 72
     all_at_once = use(files)[1]
     for batch in (5, 1, 72):
-        monkeypatch.setattr(predict, "batch_size", lambda size, batch=batch: batch)
+        monkeypatch.setattr(predict, "evaluation_batch", lambda size, batch=batch: batch)
         assert np.abs(use(iter(files))[1] - all_at_once).max() < 1e-6
 
 
@@ -213,7 +213,7 @@ def test_each_good_image_has_a_row_and_each_other_a_line(trained, tmp_path, caps
     (tmp_path / "in/link.png").symlink_to(tmp_path / "in/0.png")
     monkeypatch.setattr(mimetypes, "guess_type", lambda path: (None, None))  # as on a system without a list of them
     for batch in (500, 1):
-        monkeypatch.setattr(predict, "batch_size", lambda size, batch=batch: batch)
+        monkeypatch.setattr(predict, "evaluation_batch", lambda size, batch=batch: batch)
         status, rows, err = table([trained[0], tmp_path / "in", "--explain", tmp_path / "why"], capsys)
         names = ["0.png", "1.png", "2.png", "3.png", "5.avif", "link.png"]
         assert status == 2 and [row["file"] for row in rows] == [str(tmp_path / "in" / name) for name in names]

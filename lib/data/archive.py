@@ -11,9 +11,9 @@ from lib.cli import BadInput, printable, refused
 from lib.data.folders import enter
 from lib.runs import whole_folder
 
-MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # of an archive, and of folders in one another
+MAX_MEMBERS, MAX_DEPTH = 2_000_000, 32  # members of an archive; folders inside each other
 MAX_UNPACKED = 500_000_000_000  # bytes
-MAX_RATIO, SMALL = 100, 1 << 30  # an archive becomes at most so many times its size, or SMALL bytes: drawings pack well
+MAX_RATIO, SMALL = 100, 1 << 30  # unpacked, at most so many times the size, or SMALL bytes: drawings pack well
 MAX_HEADER = 1 << 22  # bytes of a long name, which tarfile reads whole
 SPECIAL = "is no plain file or folder"
 
@@ -46,7 +46,7 @@ def unpack(archive, folder):
 def members(archive):
     """Yields (name, bytes, fault or "", function that opens it or None for a folder) for each member of an archive."""
     with open(archive, "rb") as file:
-        start = file.read(262)
+        start = file.read(4)
     if start.startswith((b"PK\3\4", b"PK\5\6")) or (archive.suffix.lower() == ".zip" and zipfile.is_zipfile(archive)):
         try:
             z = zipfile.ZipFile(archive, metadata_encoding="utf-8")  # of names whose flag does not say so
@@ -65,14 +65,14 @@ def members(archive):
         for m in t:
             plain = m.isdir() or (m.isreg() and not m.issparse())
             yield m.name, m.size, "" if plain else SPECIAL, None if m.isdir() else partial(t.extractfile, m)
-        for _ in range(SMALL // MAX_HEADER):  # a checksum is behind the last byte
+        for _ in range(SMALL // MAX_HEADER):  # read on to the end: only there the checksum is compared
             if not t.fileobj.read(MAX_HEADER):
                 return
         raise ValueError("it goes on for long after its last member")
 
 
 class Header(tarfile.TarInfo):
-    """A member of a tar file. tarfile takes a damaged or missing one, but the first, for the end of the archive."""
+    """A tar header that raises if it is damaged or missing. For tarfile only the first does; others end the archive."""
 
     @classmethod
     def fromtarfile(cls, file):
@@ -92,7 +92,7 @@ class Header(tarfile.TarInfo):
 
 
 def fault_of(where, number, total, most):
-    """What is wrong with a member of an archive: its path, its number, the bytes so far; "" if nothing is."""
+    """What is wrong with a member's path `where`, its `number`, or the `total` bytes up to it; "" if nothing is."""
     drive = ":" in (str(where) if sys.platform == "win32" else str(where)[1:2])
     if where.is_absolute() or ".." in where.parts or drive:
         return "points outside"

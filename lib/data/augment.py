@@ -84,7 +84,7 @@ class CropFromPadding(A.ImageOnlyTransform):
 
 
 class AlternatingFlip(A.ImageOnlyTransform):
-    """Flips left to right in every other epoch; a coin, tossed once an image, says whether in the even or the odd ones.
+    """Flips an image left to right in every other epoch: in even or odd ones, by a coin tossed once for each image.
 
     So the network sees each image's two sides equally often, and two epochs in a row show twice as many views. Jordan
     (arXiv 2404.00498) found it better than a random flip wherever flipping helps.
@@ -113,10 +113,10 @@ class AlbumentationsTransform(Transform):
     `apply` is a function of (seed, epoch, index): both generators that albumentations draws from are set from these
     three before each image, so that epochs differ, and workers, ranks and resumed runs agree. The numpy one is
     counter-based (Philox: Salmon et al., SC 2011), so setting it costs a few microseconds. A loader that knows epoch
-    and index says them in `position`; in any other one each call draws anew, from Python's `random`.
+    and index sets `position` before each image. Without it Python's `random` draws both.
     """
 
-    split_idx = 0  # training images only
+    split_idx, order = 0, 2  # training images only; after fastai's Resize
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ def leaves(compose):
 
 
 def shuffled(seed, epoch, labels):
-    """The order of the images, a label each, in an epoch, (n,) int64: a function of (seed, epoch)."""
+    """The order of an epoch, (n,) int64, by (seed, epoch). The counter's last 1 (augmentation: 0) keeps draws apart."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, 1])).permutation(len(labels))
 
 

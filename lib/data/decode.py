@@ -17,7 +17,7 @@ HEIF = (".heic", ".heif")  # read where pillow-heif is installed
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
 EXTENSIONS += HEIF if find_spec("pillow_heif") else ()
 KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM")  # by content; Pillow hands EPS to Ghostscript
-MAX_PIXELS = 178_956_970  # an image of more is refused from its header by Pillow, before it takes memory
+MAX_PIXELS = 178_956_970  # twice Pillow's limit: Pillow refuses a larger image by its header, before it takes memory
 MANY_PIXELS = 2**24  # images that take memory for more are decoded one at a time
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
 MAX_ASPECT = 100  # longer side / shorter side
@@ -27,7 +27,7 @@ RESIZE_RULE = (
 )
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by EXIF's orientation
 large = threading.Lock()  # held where an image may take much memory
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half as many pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from half of MAX_PIXELS on
 
 
 def read(image, size, levels=None, seen=None):
@@ -65,7 +65,7 @@ def file_content(path):
 
 
 def register_heif():
-    """Lets Pillow read HEIC. Whether it can: only where pillow-heif is installed."""
+    """Lets Pillow read HEIC; returns whether it can, which takes pillow-heif."""
     if not find_spec("pillow_heif"):
         return False
     from pillow_heif import register_heif_opener
@@ -75,7 +75,7 @@ def register_heif():
 
 
 def kinds_of(content):
-    """The formats that `content` may be in: HEIF among them where it may be, and pillow-heif is installed."""
+    """The formats to try on `content`: KINDS, and HEIF if it begins like one and pillow-heif is installed."""
     brand = content[8:12] if content[4:8] == b"ftyp" else b""
     if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         if register_heif():
@@ -116,7 +116,7 @@ def deep_colours(content, image, levels, seen):
 
 
 def upright(image, original):
-    """A PIL image, turned as the EXIF of `original` says; as it is where that cannot be read, as browsers show it."""
+    """`image` (of PIL), turned as the EXIF of `original` says; not turned if that cannot be read, as in browsers."""
     original.load()  # Pillow itself turns TIFFs here
     try:
         turn = TURNS.get(original.getexif().get(ExifTags.Base.Orientation))
@@ -152,7 +152,7 @@ def from_deep(array, mode, levels, seen):
     black, white = levels or (0, top)
     if seen is not None:
         seen.append((least, most, white))
-    from_table = array.dtype == np.uint16  # a number for each level, not for each pixel: large images are many
+    from_table = array.dtype == np.uint16  # scales 65,536 levels once, where a large image has many more pixels
     x = np.arange(2**16) if from_table else array.astype(np.float64)
     x = ((x.clip(black, white) - black) * (255 / (white - black))).round().astype(np.uint8)
     return x[array] if from_table else x
@@ -185,6 +185,6 @@ def centre(image, size):
     return image[y : y + size, x : x + size]
 
 
-def batch_size(size):
-    """Images of `size` pixels that are evaluated at a time."""
+def evaluation_batch(size):
+    """How many images of `size` pixels are evaluated at a time: 500 up to 64 pixels, then fewer, for the memory."""
     return max(1, min(500, 500 * 64**2 // size**2))

@@ -16,10 +16,10 @@ ACROSS = "near copies across sets"
 COLUMNS = ("doubt", "file", "detail")
 FEW = 10  # training images of a class; the word of the table says so too
 BITS, LEVELS = 3, 6  # near copies differ in at most 3 of the hash's 64 bits, and by 6 of 255 levels on average
-CONTRAST = 8  # and by no more than an eighth of their deviation: two dark images with a small bright spot are no copies
-PLAIN = 6  # levels of 255: an image that deviates less is nearly of one colour; below twice it, it has little detail
+CONTRAST = 8  # and by at most 1/8 of their deviation: dark images with different small spots are no copies
+PLAIN = 6  # levels: an image of a smaller deviation is nearly of one colour; below twice this it has little detail
 DRAWN = 0.5  # share of one exact colour, where half of the images have no more than a tenth of it: drawn, not a photo
-SAME, SOLID = 0.01, 1  # mean levels of thumbnails up to which they are equal; deviation of an image of one colour
+SAME, SOLID = 0.01, 1  # levels: equal thumbnails differ by no more; an image of one colour deviates by less
 FAR = 4  # times as large or small as the median image
 MANY = 10_000  # images above which files are not opened again to look at sizes and colours
 REACH = 300  # neighbours in a band of the hash that are compared
@@ -44,13 +44,13 @@ def look(dls):
     place = {i: name for name in reversed(SETS) for i in getattr(dls, name).ids}
     label = {i: k for name in SETS for i, k in zip(getattr(dls, name).ids, getattr(dls, name).labels)}
     ids = np.array(sorted(place))
-    hashes, thumbnails = prints(store, ids)
+    hashes, thumbnails = fingerprints(store, ids)
     rows = [*copies(store, ids, place, label, hashes, thumbnails), *few(dls)]
     return [dict(zip(COLUMNS, row)) for row in [*rows, *plain(store, ids, thumbnails), *odd(store, ids)]]
 
 
-def prints(store, ids):
-    """Of each image a perceptual hash of 64 bits, (n,) uint64, and a thumbnail of 8 x 8 colours, (n, 192).
+def fingerprints(store, ids):
+    """A perceptual hash of 64 bits of each image, (n,) uint64, and its thumbnail of 8 x 8 colours, (n, 192).
 
     A bit of the hash says whether a patch is darker than the one to its right (Krawetz, dHash).
     """
@@ -71,8 +71,8 @@ def pairs(hashes, thumbnails):
     as copies only if they are equal.
     """
     deviation, found = deviations(thumbnails), [np.zeros((0, 2), int)]
-    most = np.minimum(LEVELS, deviation / CONTRAST)
-    most = np.where(deviation < 2 * PLAIN, np.where(deviation < SOLID, -1, SAME), most)
+    most = np.minimum(LEVELS, deviation / CONTRAST)  # mean difference of copies; -1: images of one colour have none
+    most = np.select([deviation < SOLID, deviation < 2 * PLAIN], [-1, SAME], most)
     for band in hashes.view(np.uint16).reshape(-1, 4).T:
         order = np.argsort(band, kind="stable")
         for shift in range(1, min(REACH, len(order))):
@@ -93,7 +93,7 @@ def deviations(thumbnails):
 
 
 def copies(store, ids, place, label, hashes, thumbnails):
-    """Near copies: across sets first, then in two classes, then within one class of a set. A kind has a file once."""
+    """Near copies: across sets first, then in two classes, then within one class. Each kind lists a file once."""
     kinds = {ACROSS: {}, "near copies in two classes": {}, "near copies": {}}
     for pair in pairs(hashes, thumbnails):
         one, other = sorted((ids[row] for row in pair), key=lambda i: -SETS.index(place[i]))
@@ -128,13 +128,13 @@ def odd(store, ids):
     for i in ids:
         with warnings.catch_warnings(action="ignore"), Image.open(store.paths[i]) as image:  # its header alone is read
             sides.append(max(image.size))
-        pixels = store[i][:: max(len(store[i]) // 32, 1), :: max(store[i].shape[1] // 32, 1)].reshape(-1, 3)
-        shares.append(np.unique(pixels.astype(np.uint32) @ [65536, 256, 1], return_counts=True)[1].max() / len(pixels))
-    usual, drawn = np.median(sides), np.array(shares) > DRAWN if np.median(shares) < DRAWN / 10 else ()
+        y, x = (max(side // 32, 1) for side in store[i].shape[:2])  # steps: some 32 x 32 pixels are enough
+        colours = store[i][::y, ::x].reshape(-1, 3).astype(np.uint32) @ [65536, 256, 1]  # a number for each colour
+        shares.append(np.unique(colours, return_counts=True)[1].max() / len(colours))
+    usual, drawn = np.median(sides), (np.array(shares) > DRAWN) & (np.median(shares) < DRAWN / 10)
     rows = [("drawn, not a photograph", store.names[ids[row]], "") for row in np.flatnonzero(drawn)]
-    for i, side in zip(ids, sides):
-        if not usual / FAR <= side <= usual * FAR:
-            rows.append(("far from the usual size", store.names[i], f"{side} pixels; the median is {usual:.0f}"))
+    far = [(store.names[i], side) for i, side in zip(ids, sides) if not usual / FAR <= side <= usual * FAR]
+    rows += [("far from the usual size", name, f"{side} pixels; the median is {usual:.0f}") for name, side in far]
     return rows
 
 

@@ -33,12 +33,12 @@ SYSTEM = (  # names of files and folders that systems leave anywhere, in lower c
 PROGRAMS = (
     "models", "checkpoints", "weights", "runs", "outputs", "logs", "lightning_logs", "tb_logs", "mlruns", "wandb",
 )  # fmt: skip
-LEFT, LINKS = "files and folders that systems and programs leave", "links and devices"
+LEFT, LINKS = "files and folders that systems and programs leave", "links and devices"  # kinds that are passed over
 OTHERS, UNREAD = "files not named as images, or in no class folder,", "HEIC files, which take uv run --extra heif …,"
 
 
 class Label(Transform):
-    """The class of an image file: the folder below one of `roots`, which hold class folders; elsewhere its own."""
+    """The class of an image file: the class folder that it lies in, directly below one of `roots`; else its folder."""
 
     input_types = (object,)
 
@@ -63,7 +63,7 @@ def left_over(path):
 
 
 def visible(folder, of_kind=lambda entry: True):
-    """What is in `folder` but hidden names and what systems and programs leave, in the order of the names."""
+    """The paths in `folder`, by name; without hidden ones, and without those that systems and programs leave."""
     with os.scandir(folder) as entries:
         found = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and of_kind(entry)]
     return sorted((p for p in found if not left_over(p)), key=lambda p: p.name)
@@ -181,7 +181,7 @@ def find_sets(root, tell=False):
                 raise BadInput(f"{root}: has both {found[kind][0].name}/ and {folder.name}/; keep one")
             sets[kind] = unwrapped(folder)
     new = flat(found)
-    if {*found["test"]} & {*new}:
+    if {*found["test"]} & {*new}:  # a test set without classes is predicted, not scored
         del sets["test"]
     other = [p.name + "/" for p in [*found[""], *found["new"]] if p not in new]
     other += sorted(p.name + "/" for p in root.iterdir() if p.is_dir() and left_over(p)) if tell else []

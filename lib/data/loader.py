@@ -21,15 +21,15 @@ from lib.cli import BadInput, refused
 from lib.config import AUXILIARY, FEW_VALID, MODELS
 from lib.data import decode
 from lib.data.augment import AlbumentationsTransform, pipeline, shuffled
-from lib.data.decode import batch_size, centre
+from lib.data.decode import centre, evaluation_batch
 from lib.data.folders import Label, find_images, find_sets, told_sets, unlabelled
 from lib.data.sources import SOURCES, cache_dir, root_folder
 from lib.data.store import Store
-from lib.machine import leave_signals, on_this_machine, signals_held, useful_workers
+from lib.machine import leave_signals, pick_device, processes_here, signals_held, useful_workers
 from lib.runs import read_card
 
-PLAIN_PIXELS = 2**21  # that say enough of the colours of all
-CARRIED = ("store", "seed", "epoch", "order", "item_tfms")  # by `StoreDL.new`
+PLAIN_PIXELS = 2**21  # that `StoreDL.plain` gives: enough to whiten the first convolution
+CARRIED = ("store", "seed", "epoch", "order", "item_tfms")  # what `StoreDL.new` takes over
 PER_ITEM = {"create_item", "create_batch", "do_item", "do_batch", "retain"}  # methods that make items into a batch
 
 
@@ -63,6 +63,7 @@ class NormalizeInPlace(Normalize):
         self.mean_image, self.std_image = full(self.mean), full(self.std)
 
     def encodes(self, x: TensorImage):
+        x = x.contiguous() if 0 in x.stride() else x  # a batch transform has expanded it
         if x.shape[1:] != self.mean_image.shape[1:]:
             return x.sub_(self.mean).div_(self.std)
         return x.sub_(self.mean_image).div_(self.std_image)
@@ -129,7 +130,7 @@ class StoreDL(TfmdDL):
         self.epoch += self.shuffle
 
     def wif(self):
-        """As fastai's, at the start of a worker process."""
+        """fastai calls this at the start of a worker process."""
         leave_signals()
 
     def sample(self):
@@ -171,9 +172,10 @@ class StoreDL(TfmdDL):
         augment, size = self.item_tfms[0], self.store.size
         augmented = self.after_item.split_idx == augment.split_idx
         images = np.empty((len(idxs), size, size, 3), np.uint8)
+        again = len({*idxs}) < len(idxs)  # as show_batch(unique=True) asks for one image: each time augmented anew
         for row, number in enumerate(self.ids[i] for i in idxs):
             image = self.store[number]
-            images[row] = augment.apply(image, self.epoch, number) if augmented else centre(image, size)
+            images[row] = augment.apply(image, self.epoch + row * again, number) if augmented else centre(image, size)
         x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2))
         return (x,) if self.labels is None else (x, TensorCategory(torch.from_numpy(self.labels[idxs])))
 
@@ -181,7 +183,7 @@ class StoreDL(TfmdDL):
         number = self.ids[i] if self.ids and i is not None else None
         for t in self.after_item.fs:
             if isinstance(t, AlbumentationsTransform):
-                t.position = self.epoch, i or 0 if number is None else number
+                t.position = self.epoch, (i or 0) if number is None else number
         return super().do_item(i)
 
     def create_item(self, i):
@@ -229,8 +231,8 @@ def check_apart(config, root):
     root = root.resolve()
     for name in ("out", "cache"):
         written = Path(getattr(config, name) or root.parent).expanduser().resolve()
-        within = written.relative_to(root).parts if written.is_relative_to(root) else (".",)
-        for folder in find_sets(root).values() if not any(part.startswith(".") for part in within) else ():
+        seen = written.is_relative_to(root) and not any(p.startswith(".") for p in written.relative_to(root).parts)
+        for folder in find_sets(root).values() if seen else ():  # a hidden folder is no class
             if written.is_relative_to(folder):
                 raise BadInput(f"--{name} {written}: lies among the class folders of {folder}; pass another folder")
 
@@ -245,19 +247,20 @@ def read_images(config, size):
         check_apart(config, root)
         paths = list(dict.fromkeys(path for images in sets for path, _ in images))  # valid may be test
         folder, skip = None, config.bad_images == "skip"
-        with nullcontext() if config.cache else suppress(OSError, BadInput):  # a home that cannot be written to
+        with nullcontext() if config.cache else suppress(OSError, BadInput):  # the default folder may be missing
             folder = cache_dir(config)
-        cache = folder if config.cache or on_this_machine() > 1 else None  # the other ranks here find it
+        cache = folder if config.cache or processes_here() > 1 else None  # ranks on one machine share the pixels
         store = Store(paths, size, root, cache=cache, skip=skip, temporary=folder)
         if store.skipped:  # split anew, so that each class has its share in each set
             sets = find_images(root, *split, set(paths) - set(store.index))
     return root, store, sets
 
 
-def get_dls(config, device="cpu"):
+def get_dls(config, device=None):
     """`config.data` as DataLoaders `train`, `valid`, `test`, with `vocab` and `store`; images (n, 3, size, size).
 
-    Raises BadInput (one line) for data, or a file of `--augment`, that cannot be trained on.
+    `device` is by default the one that `config.device` means here. Raises BadInput (one line) for data, or a file of
+    `--augment`, that cannot be trained on.
     """
     size = image_size(config)
     pipeline(config, size, (0.0, 0.0, 0.0))  # a file that cannot be used is named before the images are read
@@ -265,6 +268,7 @@ def get_dls(config, device="cpu"):
     splits = [[store.index[path] for path, _ in images] for images in sets]
     mean, std = pretrained_stats(config) if config.pretrained else store.stats(splits[0])
     augment = AlbumentationsTransform(pipeline(config, size, (mean * 255).tolist()), config.seed, size)
+    augment.order = CropPad.order  # it comes first
     item_tfms = (augment, CropPad(size), ToTensor())
     categorize = Categorize(vocab=sorted({name for images in sets for _, name in images}))
     block = DataBlock(
@@ -277,18 +281,18 @@ def get_dls(config, device="cpu"):
         batch_tfms=NormalizeInPlace(mean, std, size),
         dl_type=StoreDL,
     )
-    device, workers = torch.device(device), config.workers
+    device, workers = torch.device(device or pick_device(config)), config.workers
     evaluation = {}
     if workers == "auto":
         most = config.max_batch_size if config.schedule == "grow_batch" else 0
-        images = min(max(images_a_step(config, len(splits[0])), most), len(splits[0]))
-        workers = useful_workers(device, 3 * size**2 * images)
-        evaluation["num_workers"] = 0  # to copy pixels from the store takes less time than to start processes
+        largest = min(max(images_a_step(config, len(splits[0])), most), len(splits[0]))  # images in a batch
+        workers = useful_workers(device, 3 * size**2 * largest)
+        evaluation["num_workers"] = 0  # copying pixels from the store is faster than starting processes
     options = dict(device=device, pin_memory=device.type == "cuda", num_workers=workers, drop_last=False)
-    options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=batch_size(size))
+    options |= dict(bs=images_a_step(config, len(splits[0])), val_bs=evaluation_batch(size))
     options |= dict(store=store, seed=config.seed, item_tfms=item_tfms)  # StoreDL's own
     options["dl_kwargs"] = [{}, evaluation, evaluation]
-    dls = block.dataloaders(root, **options)  # without the path of the data: what a learner saves is no part of it
+    dls = block.dataloaders(root, **options)  # no `path`: what a learner saves does not go into the folder of the data
     dls.test, dls.store, dls.mean, dls.std, dls.augment = dls[2], store, mean, std, augment
     dls.unlabelled, dls.sets = unlabelled(root), told_sets(root, config.valid_pct, config.folds, config.fold)
     return dls

@@ -20,9 +20,9 @@ from lib.machine import cores
 from lib.runs import whole_folder
 
 REMEDY = "repair or remove it, or pass --bad-images skip"
-FORMAT = 6  # of the files of decoded images
+FORMAT = 6  # of the cached files; a new number makes old ones unused
 CHUNK, CHUNK_BYTES = 256, 2**24  # images that a thread decodes at a time, and about the most bytes they make
-STATS_PIXELS = 2**18  # that are counted together
+STATS_PIXELS = 2**18  # that `Store.stats` counts at a time
 
 
 class Store:
@@ -91,8 +91,8 @@ class Store:
     def read(self, file, skip):
         """Decodes all images into `file`, and sets `shapes`, (n, 2).
 
-        Returns the facts: a fingerprint, [number, reason] of each image that is skipped (its shape is (0, 0)), and the
-        levels of deep images: they are decoded once more where these are not what each image alone would have.
+        Returns the facts: the fingerprint, [number, reason] of each skipped image (its shape is (0, 0)), and the levels
+        (black, white) that all deep images share. If one was decoded with others, all are decoded again.
         """
         seen, levels = [], None
         facts = self.decode_into(file, skip, None, seen)
@@ -131,7 +131,7 @@ class Store:
         return {"fingerprint": digest.hexdigest(), "skipped": skipped}
 
     def key(self):
-        """A hash of what says that files are still the same, and are read alike: names, sizes, times of change."""
+        """A hash that changes with the files' paths, sizes and times, and with what decodes them."""
         heif = ("heif",) * (decode.HEIF[0] in decode.EXTENSIONS)
         digest = hashlib.blake2b(repr((FORMAT, PIL.__version__, *heif)).encode(), digest_size=8)
         for path in self.paths:

@@ -40,13 +40,13 @@ def outcome(learn, dl, mirror=False):
     return targets.numpy(), log_p.exp().numpy(), -log_p.gather(1, targets[:, None])[:, 0].numpy()
 
 
-def tta_accuracy(learn, dl, seen):
-    """Accuracy on `dl` of the mean of each image's logits (`seen` is their outcome) and those of its mirror image.
+def tta_accuracy(learn, dl, plain):
+    """Accuracy on `dl` if logits are averaged over each image and its mirror image. `plain` is the outcome on `dl`.
 
     Test-time augmentation as in Jordan, arXiv 2404.00498; fastai's `learn.tta` takes the augmentations of training.
     """
     targets, p, _ = outcome(learn, dl, mirror=True)
-    return accuracy(targets, p * seen[1])  # a product of probabilities is largest where the mean of logits is
+    return accuracy(targets, p * plain[1])  # a product of probabilities is largest where the mean of logits is
 
 
 def mistakes(learn, k=None, on_test=None):
@@ -119,7 +119,7 @@ def save_train_batch(learn, run, most=32):
 def range_test(learn, config, run):
     """Runs the range test and writes lr_find.csv and lr_find.png.
 
-    Returns the rate that `--lr-suggest` names, and the seconds of an update.
+    Returns the rate that `--lr-suggest` names, and the seconds of an update: None on valid, which adds evaluations.
     """
     linear, on_valid = config.lr_scale == "linear", config.lr_find_on == "valid"
     print(f"range test: up to {config.lr_iters} batches, at growing rates …", flush=True)
@@ -145,9 +145,9 @@ def range_test(learn, config, run):
 
 
 def same_test(run, tested):
-    """Takes the range test of the run folder `tested`, of the same weights and settings; as `range_test`.
+    """Copies the range test of the run folder `tested`, which has the same weights and settings.
 
-    None if the images of `tested` were others.
+    Returns (rate, None), as `range_test`; None if `tested` had other images.
     """
     env = read_json(tested / "env.json")
     if env["data_fingerprint"] != run.env["data_fingerprint"]:
@@ -186,7 +186,7 @@ def summarize(config, env, rows, best_epoch, valid, test, opt, tta):
 def save_results(learn, config, run, rows, best_epoch, title):
     """Writes results.png."""
     steps = [math.ceil(len(learn.dls.train.dataset) / row["batch_size"]) for row in rows]
-    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # around its mark
+    places = [row["epoch"] - 0.5 + np.arange(n) / n for row, n in zip(rows, steps)]  # the epoch's mark is in the middle
     rates = np.column_stack([np.concatenate(places), *learn.recorder.hps.values()])
     plateaus, averaged = config.schedule in ("plateau", "grow_batch"), config.ema > 0
     options = dict(plateaus=plateaus, label_smoothing=config.label_smoothing, averaged=averaged)
@@ -220,12 +220,11 @@ def report(learn, config, run, rows, best, start, began):
 
     `start` and `began` are when the run and its training began, as `time.perf_counter` has it.
     """
-    trained, load = time.perf_counter(), learn.share_cores.other_load  # of the fit: the looks below begin anew
+    trained, load = time.perf_counter(), learn.share_cores.other_load  # now: the evaluations below set it anew
     learn.model.load_state_dict(best.state)
-    loaders, tta = (learn.dls.valid, learn.dls.test), [None, None]
-    valid, test = outcomes = [outcome(learn, dl) for dl in loaders]
+    valid, test, tta = outcome(learn, learn.dls.valid), outcome(learn, learn.dls.test), [None, None]
     if learn.dls.augment.mirrors:
-        tta = [tta_accuracy(learn, dl, seen) for dl, seen in zip(loaders, outcomes)]
+        tta = [tta_accuracy(learn, learn.dls.valid, valid), tta_accuracy(learn, learn.dls.test, test)]
     summary = summarize(config, run.env, rows, best.epoch_number, valid, test, learn.opt.opt, tta)
     title = f"{run.path.name}: {summary['test_acc']:.2%} of the test images right"
     also = "" if run.env["chosen_on"] == "valid" else ", which also chose the weights"

@@ -51,9 +51,9 @@ def results(
     best_epoch=None,  # epoch whose weights were kept
     chosen_on="valid",  # the set that chose them
     chosen_by="accuracy",  # and by what
-    rates=None,  # (steps, 3) place in epochs, learning rate and momentum of each step; None: an epoch's first step
-    plateaus=True,  # whether a fall of the rate, or a rise of the batch size, between epochs is one
-    label_smoothing=0.0,  # that the training loss has and the others have not
+    rates=None,  # (steps, 3) place in epochs, learning rate and momentum of each step; None: those in `rows`
+    plateaus=True,  # whether a lower rate, or a larger batch, from one epoch to the next is marked as a plateau
+    label_smoothing=0.0,  # of the training loss; valid and test have none
     averaged=False,  # whether an average of the weights was evaluated
 ):
     """Accuracy, loss, learning rate and momentum over the epochs; vertical lines at plateaus."""
@@ -137,9 +137,9 @@ def lr_find(
     ax.plot(lrs, smooth_losses, color=BLUE, lw=2, label="smoothed")
     for (name, lr), colour, marker in zip(suggestions.items(), (BLUE, ORANGE, GREEN, VERMILION, PURPLE), "PosD^"):
         y = np.interp(np.log(lr), np.log(lrs), smooth_losses)
-        label, side = f"{name}: {lr:.3g}" + ("  (used)" if name == used else ""), 12 if name == used else 9
-        label += f"\n  {MEANINGS[name]}" if name in MEANINGS else ""
-        ax.plot(lr, y, marker, color=colour, ms=side, mec="black", label=label, zorder=3)
+        note, size = ("  (used)", 12) if name == used else ("", 9)
+        label = f"{name}: {lr:.3g}{note}" + (f"\n  {MEANINGS[name]}" if name in MEANINGS else "")
+        ax.plot(lr, y, marker, color=colour, ms=size, mec="black", label=label, zorder=3)
     ax.axvline(suggestions[used], color=GREY, ls="--", lw=1)
     low, high = np.nanmin([losses, smooth_losses]), max(smooth_losses[: max(len(lrs) // 2, 1)])
     ax.set(xlabel="learning rate", ylabel=loss, ylim=(low - 0.1 * (high - low), high + 0.6 * (high - low)))
@@ -253,9 +253,9 @@ def explanation(image, cam, title):
 
 
 def means(points):
-    """Of [(epoch, seconds, accuracy), …] of several runs: epochs, mean seconds, means and deviations, and n.
+    """(epochs, mean seconds, mean accuracies, their deviations, number of runs) of [(epoch, seconds, accuracy), …].
 
-    They end with the run that ends first.
+    The points are those of several runs. The arrays end with the run that ends first.
     """
     epochs = pd.DataFrame(points, columns=["epoch", "seconds", "accuracy"]).groupby("epoch")
     n, of_all = epochs.size().max(), epochs.size() == epochs.size().max()
@@ -275,7 +275,7 @@ def comparison(
     """
     found, many = {name: means(points) for name, points in curves.items()}, len(curves) > 5
     rows, cols = (math.ceil(len(curves) / 4), 4) if many else (1, 2)
-    figure = Figure(figsize=(17, min(max(3 * rows, 6), 500)), layout="constrained")  # a PNG has an end
+    figure = Figure(figsize=(17, min(max(3 * rows, 6), 500)), layout="constrained")  # up to 65,000 pixels, at 130 dpi
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
     grid = left.subplots(rows, cols, squeeze=False, sharex=many, sharey=True)
     for i, (name, (marks, seconds, mean, deviation, n)) in enumerate(found.items()):

@@ -42,7 +42,7 @@ def calibration_error(rows):
 def overall(targets, p):
     """{macro_f1, balanced_acc, calibration_error, top5_acc}; the last is None below 20 classes."""
     predictions, classes = p.argmax(1), range(p.shape[1])
-    there = dict(labels=np.unique(targets), average="macro")
+    there = dict(labels=np.unique(targets), average="macro")  # a class without images has no recall
     return {
         "macro_f1": float(metrics.f1_score(targets, predictions, average="macro", zero_division=0)),
         "balanced_acc": float(metrics.recall_score(targets, predictions, **there)),

@@ -8,7 +8,7 @@ from torch import nn
 
 from lib.cli import BadInput, refused
 
-LEAST = 4  # side of a map that says where
+LEAST = 4  # smallest side of a map that still shows a place
 
 
 def as_map(x):
@@ -46,7 +46,7 @@ def cam_layer(model, size):
     ours = dict(zip(twin.modules(), model.modules()))
 
     def look(module, inputs, output):
-        is_attention = isinstance(module, (nn.Dropout, nn.Softmax))  # its weights are square as well
+        is_attention = isinstance(module, (nn.Dropout, nn.Softmax))  # attention weights are square, but are no map
         image = as_map(output) if torch.is_tensor(output) and not is_attention else None
         if image is None or image.shape[2] < LEAST or not (output is image or "Norm" in type(module).__name__):
             return
@@ -56,7 +56,7 @@ def cam_layer(model, size):
 
     for module in list(twin.modules())[1:]:
         module.register_forward_hook(look)
-    for head in heads(twin):  # what it sees counts, as a fresh one may be zero
+    for head in heads(twin):  # its input counts, not the logits: a fresh head may be zero
         head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
     example = next(twin.parameters())
     x = torch.linspace(-2, 2, 3 * size**2, device=example.device, dtype=example.dtype).view(1, 3, size, size)

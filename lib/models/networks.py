@@ -48,7 +48,7 @@ class SmallResNet(nn.Module):
     def __init__(
         self,
         n_classes,  # length of the output
-        stem,  # channels of the first convolution, at full resolution; even, and at most 24 where it whitens
+        stem,  # channels of the first convolution; to whiten, even and at most 24: a 2 x 2 patch has 12 numbers
         widths,  # channels of the stages, at 1/2, 1/4, 1/8 of the side
         depths=(1, 1, 1),  # convolutions in the residual block of each stage
         squeeze=True,  # whether the blocks end in a SqueezeExcite
@@ -64,10 +64,10 @@ class SmallResNet(nn.Module):
     def whiten(self, images, eps=5e-4):
         """Sets the first convolution from normalised `images` (n, 3, h, w). Its weight becomes a buffer: it is fixed.
 
-        On the images' patches the first half of its outputs has a mean square of 1, and no product of two of them a
-        mean other than 0. The filters are the eigenvectors of the patches' second moments, largest first, over the
-        square roots of their eigenvalues (+ eps); then their negatives (Page, How to train your ResNet; Jordan, arXiv
-        2404.00498).
+        The first half of its filters are eigenvectors of the second moments of the images' patches, largest eigenvalue
+        first, each divided by the square root of eigenvalue + eps. So on these patches each of their outputs has a mean
+        square of 1, and the product of any two has a mean of 0. The second half are the negatives of the first (Page,
+        How to train your ResNet; Jordan, arXiv 2404.00498).
         """
         conv = self.stem[0]
         moment = 0

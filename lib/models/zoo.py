@@ -13,8 +13,8 @@ from lib.config import AUXILIARY
 from lib.models.layers import heads
 from lib.models.networks import SmallResNet
 
-TIMM = "timm/"  # before the name of a network of timm
-MOST = 65536  # of each number in a model.json
+TIMM = "timm/"
+MOST = 65536  # largest number in the arguments of a network in model.json
 OFFLINE = "without a network pass --pretrained FILE, fetched elsewhere"
 
 # name -> constructor(n_classes, **args), args
@@ -27,7 +27,7 @@ MODELS = {
 
 
 def check(name, pretrained=""):
-    """Raises BadInput where `name` is no network that can be had here, or `pretrained` is no file."""
+    """Raises BadInput if no library here has a network `name`, or if the file `pretrained` does not exist."""
     if pretrained not in ("", "torchvision") and not Path(pretrained).expanduser().is_file():
         network = "resnet18" if Path(pretrained).suffix else pretrained
         remedy = f"pass a file of weights, or --model {network} --pretrained for those of a network"
@@ -163,12 +163,12 @@ def check_batches(model, config, sizes, n, size, ranks=1):
     MixUp needs two images. `sizes` are the batch sizes that the run comes to, `n` counts the training images, of `size`
     pixels.
     """
-    leaves_one = lambda batch: 0 < n % batch < 2 * ranks or batch < 2 * ranks
+    leaves_one = lambda batch: batch < 2 * ranks or 0 < n % batch < 2 * ranks  # a rank gets fewer than two images
     if not any(map(leaves_one, sizes)):
         return
     try:
         if config.mixup:
-            raise ValueError
+            raise ValueError  # as BatchNorm raises for one image: both become the line below
         with torch.random.fork_rng([]), torch.no_grad():
             copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
     except ValueError:
@@ -204,7 +204,7 @@ def card(name, dls):
 def rebuild(card):
     """The network that the content of weights/model.json describes; its weights are still to be loaded.
 
-    Raises BadInput for anything but a network of this room, of torchvision or of timm, of a possible size.
+    Raises BadInput for what is no network of lib/models, torchvision or timm, and for an impossible size.
     """
     with refused("model.json: describes no network of this project"):
         name, args = card["architecture"], card["args"]

@@ -49,7 +49,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def swap(self, into_model):
-        """Exchanges average and weights where the model does not hold the one that is asked for."""
+        """Puts the average into the model (True), or the weights back (False), unless that is done already."""
         if into_model != self.in_model:
             weights = [w.clone() for w in self.weights]
             torch._foreach_copy_(self.weights, self.average)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import models
-from lib.cli import BadInput, duration, read_json, refused
+from lib.cli import BadInput, counted, duration, read_json, refused
 from lib.config import MODELS
 from lib.train import ranks, timing
 from lib.train.learner import build
@@ -27,7 +27,7 @@ def learned():
 
 
 def promised(points, images):
-    """The accuracy after `images` images, between `points` in the logarithm of the images; never above the last."""
+    """The accuracy after `images` images: on straight lines between `points`, over log(images); flat after the last."""
     seen, accuracy, _ = zip(*points)
     return float(np.interp(math.log(images), np.log([1.0, *seen]), [0.0, *accuracy]))
 
@@ -35,8 +35,8 @@ def promised(points, images):
 def measure(config, dls, precision, name):
     """(seconds of an epoch, of all else that the run will do) of the network `name`.
 
-    All else is the range test, and evaluations in float32 at the end: twice those of valid and test, for their mirror
-    images too, and those of images without classes.
+    All else is the range test, the figures, and the evaluations in float32 at the end: of valid and test, of their
+    mirror images, and of images without classes.
     """
     model = models.build(name, len(dls.vocab), config.pretrained, dls.train.plain()[0])
     models.cam_layer(model, dls.store.size)
@@ -45,9 +45,9 @@ def measure(config, dls, precision, name):
     learn = build(one, dls, model, precision)
     step, evaluation = timing.step_seconds(learn, STEPS), timing.evaluation_seconds(learn)
     image = evaluation / (len(dls.valid.ids) + len(dls.test.ids))
-    test = step * ranks.world() + image * dls.valid.bs * (config.lr_find_on == "valid")
-    end = 2 if precision == "float32" else 4  # times the evaluation after an epoch
-    rest = config.lr_iters * test * (config.lr == "find") + end * (evaluation + image * len(dls.unlabelled)) + FIGURES
+    tried = step * ranks.world() + image * dls.valid.bs * (config.lr_find_on == "valid")  # an update of the range test
+    end = 2 if precision == "float32" else 4  # twice for mirror images; float32 takes about twice as long as bf16
+    rest = config.lr_iters * tried * (config.lr == "find") + end * (evaluation + image * len(dls.unlabelled)) + FIGURES
     return timing.epoch_seconds(learn, step, evaluation), rest
 
 
@@ -73,7 +73,7 @@ def choose(config, dls, precision, start):
         needed = math.ceil((gone + min(map(sum, seconds.values()))) / (1 - KEPT_FREE) / 60)
         raise BadInput(f"--minutes {config.minutes:g}: not one epoch fits; pass --minutes {needed}")
     best = max(found, key=lambda name: found[name][1] or 0)
-    said = lambda name, n, acc: f"{name}, {n} epochs" + ("" if acc is None else f" ({acc:.2f})")
+    said = lambda name, n, acc: f"{name}, {counted(n, 'epoch')}" + ("" if acc is None else f" ({acc:.2f})")
     plans = {name: said(name, *plan) for name, plan in found.items()}
     chosen = plans.pop(best)
     others = f"; not chosen: {', or '.join(plans.values())}" if plans else ""

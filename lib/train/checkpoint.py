@@ -31,8 +31,8 @@ class Checkpoint(Callback):
     """Saves what the next epoch, or the next batch, starts from, and starts a fit from what was saved.
 
     Order, augmentation and dropout are functions of (seed, epoch, batch, image), so no generator's state is in it.
-    Inside `signals`, the batch, or the evaluation, under way at a Ctrl-C or SIGTERM is finished and saved; then
-    Interrupted is raised. A second one stops at once, but not in the GRACE of those that are sent again.
+    Inside `signals`, a Ctrl-C or SIGTERM lets the batch or evaluation under way end, and saves; then Interrupted is
+    raised. A second one stops at once. Within GRACE seconds it is ignored if it may be the first one, sent again.
     """
 
     order, train_only = 80, True  # after all callbacks whose states it keeps: those with a state_dict of their own
@@ -107,10 +107,10 @@ class Checkpoint(Callback):
         def stop(number, frame):
             if os.getpid() != process:  # a loader process that has just begun
                 return
-            now = time.monotonic()
-            if self.signalled and now - self.signalled > GRACE * (machine.launched() or number == signal.SIGTERM):
-                raise KeyboardInterrupt
+            now, grace = time.monotonic(), GRACE if machine.launched() or number == signal.SIGTERM else 0
             if self.signalled:
+                if now - self.signalled > grace:
+                    raise KeyboardInterrupt
                 return
             self.signalled = now
             if ranks.leads():
@@ -121,8 +121,8 @@ class Checkpoint(Callback):
                 )
 
         self.signalled, process = 0.0, os.getpid()
-        handled = [s for s in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread()]
-        former = [(s, signal.signal(s, stop)) for s in handled]
+        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        former = [(s, signal.signal(s, stop)) for s in handled]  # Python allows it in the main thread only
         try:
             yield
         finally:
@@ -138,9 +138,9 @@ def save(path, state):
 
 
 def load(path):
-    """The state in the checkpoint `path`, on the CPU; the one before it (with a warning) where it is damaged; or None.
+    """The state in the checkpoint `path`, on the CPU; None if there is no checkpoint.
 
-    Raises BadInput where there are checkpoints and none is whole.
+    If it is damaged: that of the checkpoint before it, with a warning. Raises BadInput if neither is whole.
     """
     faults = []
     for file in (path, Path(f"{path}.before")):

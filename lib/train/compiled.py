@@ -14,9 +14,9 @@ COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}  
 
 
 class Compile(Callback):
-    """Has forward and backward passes of training run compiled; on CUDA as graphs, so that a step is few launches.
+    """Compiles the forward and backward passes of training. On CUDA they become graphs: a step is a few launches.
 
-    The last batch of an epoch, where it is smaller, takes the plain model: to compile for it would cost another minute.
+    If the last batch of an epoch is smaller, the plain model takes it: to compile for it would cost another minute.
     """
 
     order, train_only = 90, True  # after what changes the images of a batch

@@ -1,4 +1,4 @@
-"""Parameters that do not learn in some epochs. Which they are depends on the epochs trained alone."""
+"""Parameters that do not learn in some epochs. Only the number of epochs trained decides: there is no state to save."""
 
 from fastai.callback.core import Callback
 

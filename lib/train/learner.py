@@ -19,7 +19,7 @@ from fastai.learner import CancelBackwardException, CancelEpochException, Cancel
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import skm_to_fastai
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device, defaults, get_model, norm_bias_params, to_float
+from fastai.torch_core import default_device, get_model, norm_bias_params, to_float
 from fastcore.foundation import L
 from fastcore.xtras import join_path_file
 from sklearn.metrics import f1_score
@@ -65,7 +65,7 @@ class Unscale(Callback):
             self.learn.scaler.update()
         self.done = False
 
-    after_cancel_batch = after_fit = after_step  # of a step that was cut short
+    after_cancel_batch = after_fit = after_step  # if a callback cuts the step short
 
 
 class SGDLearner(Looks):
@@ -89,17 +89,16 @@ class SGDLearner(Looks):
         opt_func=None,  # fastai's, in the place of `optimizer` and `mom`: a function that makes an optimizer
         splitter=split,  # fastai's: model -> lists of parameters, one for each group of layers
         cbs=None,  # further callbacks
-        default_cbs=True,  # fastai's default callbacks, with our record in the place of its own
         **kwargs,  # as fastai's Learner
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
         self.mom = mom if opt_func is None else None
         self.accumulate, self.parallel, self.scaler = accumulate, None, None
-        self.adding = None  # the epoch, and the number of the group of batches, whose gradients are added up
-        self.first_epoch = self.first_batch = 0  # of the fit; more where Checkpoint goes on
+        self.adding = None  # (epoch, number) of the group of batches whose gradients are being added up
+        self.first_epoch = self.first_batch = 0  # where the fit begins; Checkpoint sets them when a run is resumed
         self.epochs_trained = 0  # over all fits: order and augmentation of the next epoch are a function of it
-        self.dls = dls  # which say the device
+        self.dls = dls  # `device`, in the next line, reads it
         model = model.to(self.device, memory_format=torch.channels_last)
         loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or CrossEntropyLossFlat()
         if opt_func is None:
@@ -108,17 +107,16 @@ class SGDLearner(Looks):
             raise ValueError("opt_func is an optimizer that exists already; pass partial(OptimWrapper, opt=…)")
         elif isinstance(opt_func, partial) and opt_func.func is OptimWrapper:
             opt_func = partial(GroupedOptimizer, *opt_func.args, **opt_func.keywords)
-        ours = [EpochRecorder if cb is Recorder else cb for cb in defaults.callbacks] if default_cbs else []
-        options = dict(opt_func=opt_func, lr=lr, wd=wd, splitter=splitter, default_cbs=False)
-        super().__init__(dls, model, loss_func, cbs=[*ours, *L(cbs)], **options, **kwargs)
-        self.lock = threading.RLock()  # a callback may look in the middle of a look
+        options = dict(opt_func=opt_func, lr=lr, wd=wd, splitter=splitter, cbs=cbs)
+        super().__init__(dls, model, loss_func, **options, **kwargs)
+        self.lock = threading.RLock()  # fastai's Lock would hang if a callback evaluates within an evaluation
         self.set_precision(precision)
 
-    compiled = None  # what computes training steps in the place of the model, where a callback sets it
+    compiled = None  # the compiled model, for training steps; the callback Compile sets it
 
     @property
     def device(self):
-        """The device of the loaders; where they have none, as those of torch, that which fastai trains on."""
+        """The device of the loaders. torch's loaders have none: then it is the one that fastai trains on."""
         return torch.device(getattr(self.dls, "device", default_device()) or "cpu")
 
     def set_precision(self, precision, **scaler):
@@ -146,7 +144,7 @@ class SGDLearner(Looks):
         return super().add_cb(cb)
 
     def _call_one(self, event_name):
-        """As fastai's, but callbacks are not asked about events of a batch that they do not have: that takes time."""
+        """As fastai's, but faster: an event of the batch loop goes only to callbacks that have a method for it."""
         for cb in self.cbs.sorted("order"):
             own = hasattr(type(cb), event_name) or event_name in vars(cb) or type(cb).__call__ is not Callback.__call__
             if own or event_name not in _inner_loop:
@@ -173,8 +171,8 @@ class SGDLearner(Looks):
 
     def _do_one_batch(self):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            instead = self.compiled if self.parallel is None else self.parallel
-            self.pred = (self.model if instead is None or not self.training else instead)(*self.xb)
+            wrapped = self.compiled if self.parallel is None else self.parallel
+            self.pred = (wrapped if self.training and wrapped is not None else self.model)(*self.xb)
         if self.dtype is not torch.float32:
             self.pred = to_float(self.pred)
         self("after_pred")
@@ -194,7 +192,7 @@ class SGDLearner(Looks):
         if self.accumulate > 1:
             first, group = self.iter - self.iter % self.accumulate, (self.epochs_trained, self.iter // self.accumulate)
             if group != self.adding:
-                self.opt.zero_grad()  # of a group that a callback has cut short
+                self.opt.zero_grad()  # drops the gradients of a group that a callback cut short
             self.adding, self.loss_grad = group, self.loss_grad / min(self.accumulate, self.n_iter - first)
         self._with_events(self._backward, "backward", CancelBackwardException)
         if self.updates_after(self.iter):
@@ -242,24 +240,26 @@ class SGDLearner(Looks):
 
     def _do_fit(self):
         if self.first_epoch and (bar := getattr(getattr(self, "progress", None), "mbar", None)):
-            bar.update(0)  # fastprogress fails where its first number is another
+            bar.update(0)  # fastprogress fails if the first number that it gets is not 0
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        """As fastai's; what callbacks set is undone however it ends. Raises Diverged on a loss that is not finite.
+        """As fastai's; however it ends, callbacks undo what they set. Raises Diverged on a loss that is not finite.
 
-        Momentum starts at `mom`, whatever a schedule before has left. Epochs before `start_epoch` are skipped.
+        Momentum starts at `mom`, whatever an earlier schedule left. Epochs before `start_epoch` are skipped.
         """
         if reset_opt or not self.opt:
             self.create_opt()
-        if self.mom is not None:
+        if self.mom is not None and isinstance(self.opt, GroupedOptimizer):
             self.opt.set_hypers(mom=self.mom)
-        self.opt.zero_grad()  # of a fit that was cut short
+        self.opt.zero_grad()  # drops the gradients of an earlier fit that was cut short
         self.first_epoch, self.first_batch = start_epoch, 0
-        self.epochs_trained = max(self.epochs_trained, start_epoch)  # by an earlier process
-        super().fit(n_epoch, lr, wd, cbs)
+        self.epochs_trained = max(self.epochs_trained, start_epoch)  # an earlier process trained those before
+        seeded = getattr(self.dls.train, "seed", None) is not None  # by one_batch: two learners must not begin alike
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], enabled=seeded):
+            super().fit(n_epoch, lr, wd, cbs)
 
     def fit_flat_cos(self, n_epoch, *args, start_epoch=0, **kwargs):
         """As fastai's, which ignores `start_epoch`: here it raises ValueError."""
@@ -268,17 +268,17 @@ class SGDLearner(Looks):
         return super().fit_flat_cos(n_epoch, *args, **kwargs)
 
     def _with_events(self, f, event_type, ex, final=noop):
+        """As fastai's; after an error callbacks clean up as well, but SaveModelCallback does not load its best."""
         if event_type != "fit":
             return super()._with_events(f, event_type, ex, final)
         self.fitting, savers = True, L(cb for cb in self.cbs if isinstance(cb, SaveModelCallback))
-        for cb in savers:
-            if cb.reset_on_fit or cb.best is None:
-                cb.last_saved_path = None
+        for cb in savers.filter(lambda cb: cb.reset_on_fit or cb.best is None):
+            cb.last_saved_path = None
         try:
             super()._with_events(f, event_type, ex, final)
         except BaseException:
-            for cb in self.cbs.sorted("order"):
-                for event in ("after_cancel_fit", "after_fit") if cb not in savers else ():
+            for cb in self.cbs.sorted("order").filter(lambda cb: cb not in savers):
+                for event in ("after_cancel_fit", "after_fit"):
                     with suppress(Exception):
                         cb(event)
             self._end_cleanup()
@@ -321,7 +321,7 @@ def build(config, dls, model, precision="float32", cbs=None):
         cbs.append(EMA(config.ema))
     if config.mixup or config.cutmix:
         cbs.append(MixUp(config.mixup) if config.mixup else CutMix(config.cutmix))
-        cbs[-1].stack_y = False  # fastai's reads it where a fit ends before it has begun
+        cbs[-1].stack_y = False  # fastai's sets it in before_train, and reads it even if the fit ended before that
     if config.stop_after:
         cbs.append(StopEarly(config.monitor, patience=config.stop_after))
     if config.compile:

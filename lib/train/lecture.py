@@ -28,7 +28,7 @@ def balanced_order(seed, epoch, labels):
 
 
 def grown(size, factor, most):
-    """The batch size that follows `size` under grow_batch."""
+    """The batch size after `size` under grow_batch: size / factor, at least size + 1, at most `most`; never smaller."""
     return max(min(max(round(size / factor), size + 1), most), size)
 
 
@@ -42,12 +42,11 @@ def batch_sizes(config):
 
 
 class GrowBatchOnPlateau(ReduceLROnPlateau):
-    """On a plateau the training batch grows by 1 / factor, up to a largest; what is left shrinks the learning rate.
+    """On a plateau the training batch grows by 1 / factor, so that lr / batch size falls as under ReduceLROnPlateau.
 
-    The largest is `max_batch_size`, or all training images where they are fewer.
-
-    "Don't decay the learning rate, increase the batch size" (Smith et al., arXiv 1711.00489): lr / batch size falls as
-    under ReduceLROnPlateau. The loader has its own batch size back after the fit.
+    It grows up to `max_batch_size`, or to all training images if they are fewer. Beyond that, the learning rate falls.
+    "Don't decay the learning rate, increase the batch size" (Smith et al., arXiv 1711.00489). After the fit the loader
+    has its own batch size back.
     """
 
     def __init__(

@@ -16,14 +16,15 @@ from fastcore.basics import noop, tuplify
 from fastcore.foundation import L
 from fastcore.xtras import ContextManagers
 
+from lib.cli import BadInput
 from lib.train import lr_range, ranks
 from lib.train.randomness import preserved_generators
 from lib.train.recorder import Evaluation
 
-STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)  # training, or its record
-OF_FITS = (HookCallback, ProgressCallback, ranks.DataParallel)  # not of a range test
-NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)  # by any look
-PLACE = "epoch", "rng"  # of loaders: ours and fastai's
+STEERING = (TrackerCallback, ParamScheduler, CSVLogger, ShowGraphCallback, Recorder)  # steer training, or record it
+OF_FITS = (HookCallback, ProgressCallback, ranks.DataParallel)  # take part in looks, but not in a range test
+NEEDED = (TrainEvalCallback, CastToTensor, ranks.DataParallel)  # every look needs them
+PLACE = "epoch", "rng"  # what a pass moves on in a loader: in ours, and in fastai's
 LOOP = "training epoch iter n_iter dl xb yb pred loss loss_grad pct_train train_iter n_epoch smooth_loss".split()
 
 
@@ -33,7 +34,7 @@ def looks_too(cb):
 
 
 class Looks(Learner):
-    """The evaluating part of SGDLearner. fastai's own methods tell all callbacks of a fit: that erases the record."""
+    """The evaluating part of SGDLearner. fastai's own methods announce a fit to all callbacks, and erase the record."""
 
     fitting = False  # whether a fit is under way
 
@@ -155,8 +156,8 @@ class Looks(Learner):
     ):
         """The LR range test with fastai's arguments and its named tuple, on a copy: see `lr_range.find`.
 
-        `recorder.lrs` and `recorder.losses` have the curve, smoothed without delay. Raises BadInput where the loss
-        never falls.
+        `recorder.lrs` and `recorder.losses` have the curve, smoothed without delay. Warns if the loss never falls.
+        Raises BadInput if it diverges at once.
         """
         rules = {getattr(f, "func", f).__name__: f for f in tuplify(suggest_funcs or ())}
         test = lr_range.run(self, lr_range.rates(start_lr, end_lr, num_it), stop_div)
@@ -167,6 +168,9 @@ class Looks(Learner):
             self.recorder.lrs, self.recorder.losses = test.lrs.tolist(), test.smooth_losses.tolist()
             if show_plot:
                 self.recorder.plot_lr_find(skip_end=0, suggestions=[point for _, point in suggestions], nms=[*rules])
-        lr_range.check_fall(test)
+        try:
+            lr_range.check_fall(test)
+        except BadInput as e:
+            warnings.warn(f"{e}; a suggestion says little", stacklevel=2)
         if rules:
             return namedtuple("SuggestedLRs", rules)(*(lr for lr, _ in suggestions))

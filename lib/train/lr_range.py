@@ -61,8 +61,8 @@ class RangeTestCallback(Callback):
         self,
         lrs,  # (n,) or (n, layer groups) rates
         stop_div,  # whether it ends where the loss diverges
-        batches,  # of valid, whose loss is looked at after each update; none: that of the training batch
-        on_update,  # called after each update with how many there were, and its loss
+        batches,  # of valid: their loss after each update makes the curve; []: the loss of the training batches does
+        on_update,  # called after each update with the number of updates so far, and the loss
     ):
         self.rates, self.stop_div, self.batches, self.curve, self.best = lrs, stop_div, batches, [], math.inf
         self.on_update = on_update
@@ -72,7 +72,7 @@ class RangeTestCallback(Callback):
         self.started_at, self.group = self.learn.epochs_trained, []
 
     def before_train(self):
-        self.learn.epochs_trained = self.started_at  # each pass counts as the first
+        self.learn.epochs_trained = self.started_at  # so that what is frozen in the first pass stays frozen
         self.learn.dls.train.epoch = self.started_at + self.epoch
 
     def before_batch(self):
@@ -85,7 +85,7 @@ class RangeTestCallback(Callback):
             self.curve.append(learn.evaluate(self.batches).values[0] if self.batches else np.mean(self.group))
             self.times.append(time.perf_counter())
             self.on_update(len(self.curve), self.curve[-1])
-            self.group, recent = [], np.mean(self.curve[-5:])
+            self.group, recent = [], np.mean(self.curve[-5:])  # of five: one noisy batch does not end the test
             self.best = min(self.best, recent)
             if len(self.curve) == len(self.rates) or (self.stop_div and not recent <= DIVERGED * self.best):
                 raise CancelFitException
@@ -105,10 +105,10 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
     with learn.undisturbed(), preserved_generators(learn.device):
         test = RangeTestCallback(lrs, stop_div, sample, on_update)
         twin = learn.twin()
-        updates = -(-len(learn.dls.train) // twin.accumulate)  # an epoch has
+        updates = -(-len(learn.dls.train) // twin.accumulate)  # in an epoch
         twin.fit(-(-len(lrs) // updates), cbs=test)
     n = int(np.isfinite(test.curve).cumprod().sum())  # up to the first loss that is not finite, as fastai has it
-    seconds = float(np.median(np.diff(test.times)[min(1, n - 2) :])) if n > 1 else math.nan
+    seconds = float(np.median(np.diff(test.times)[min(1, n - 2) :])) if n > 1 else math.nan  # from the third update on
     last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
     return RangeTest(last, np.array(test.curve[:n]), twin.epoch + 1, len(lrs), seconds)
 

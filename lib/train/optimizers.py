@@ -23,13 +23,13 @@ def undecayed(model):
 
     Networks of timm name some of their own in `no_weight_decay`.
     """
-    named = getattr(model, "no_weight_decay", set)()
+    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     spared = lambda name, p: p.ndim <= 1 or name in named or name.split(".")[-1] in EMBEDDINGS
     return [p for name, p in model.named_parameters() if spared(name, p)]
 
 
 def maker(name, mom):
-    """The function that makes the optimizer `name`, one of OPTIMIZERS, of lists of parameters and `lr`, as fastai's."""
+    """fastai's `opt_func` for the optimizer `name` of OPTIMIZERS: (lists of parameters, lr) -> GroupedOptimizer."""
     return partial(GroupedOptimizer, opt=partial(OPTIMIZERS[name], mom=mom), has_momentum=name in MOMENTUM)
 
 
@@ -61,7 +61,7 @@ class GroupedOptimizer(OptimWrapper):
     Inside, torch has two groups for each of them: the parameters that decay, and those with `do_wd` False in `state`.
     """
 
-    param_lists = None  # those of layers, in the place of torch's groups
+    param_lists = None  # a plain attribute, not OptimWrapper's property: lists of layer groups, not of torch's groups
 
     def __init__(
         self,
@@ -86,8 +86,8 @@ class GroupedOptimizer(OptimWrapper):
 
     @property
     def hypers(self):
-        groups = self.opt.param_groups[::2]
-        named = [{self.fwd_map.get(k, k): v for k, v in detuplify_pg(group).items()} for group in groups]
+        groups = map(detuplify_pg, self.opt.param_groups[::2])
+        named = [{self.fwd_map.get(k, k): v for k, v in group.items() if v is not None} for group in groups]
         none = {} if self.has_momentum else {"mom": 0.0}
         return L(GroupHypers(self, i, {**values, **none}) for i, values in enumerate(named))
 

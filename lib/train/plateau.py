@@ -26,7 +26,7 @@ class Plateau(TorchsReduceLROnPlateau):
         cooldown=0,  # steps after a plateau in which bad ones are not counted
     ):
         options = dict(patience=patience, threshold=threshold, threshold_mode=threshold_mode, cooldown=cooldown)
-        super().__init__(SGD([torch.zeros(1)]), mode, **options)  # no rate of this one is read
+        super().__init__(SGD([torch.zeros(1)]), mode, **options)  # it must have an optimizer; this one is not used
 
     def step(self, value):
         """Takes the next monitored value; True where this is a plateau, and counting begins anew."""
@@ -109,7 +109,7 @@ class ReduceLROnPlateau(Callback):
             self.opt.set_hypers(lr=[rate * factor for rate in self.rates])
 
     def after_epoch(self):
-        self.changes = []  # that this epoch brings, in words
+        self.changes = []  # what changes after this epoch, in words
         recorder = self.learn.recorder
         values = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
         if self.monitor not in values:

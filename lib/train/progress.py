@@ -10,7 +10,7 @@ from lib.train.plateau import ReduceLROnPlateau, StopEarly
 
 
 def bar_of(shown, **options):
-    """tqdm's bar over batches; on a terminal alone, and only if it is `shown`."""
+    """tqdm's bar over batches. It appears only on a terminal, and only if `shown`."""
     return tqdm(unit="batch", leave=False, mininterval=0.2, disable=None if shown else True, **options)
 
 
@@ -88,7 +88,7 @@ def time_left(rows, n_epoch):
 
 
 def epoch_line(row, n_epoch):
-    """The line of an epoch."""
+    """'epoch  3/50  lr 0.1  train loss 1.2345 acc 0.5678  valid …  12 s'"""
     parts = [f"epoch {row['epoch']:>{len(str(n_epoch))}}/{n_epoch}  lr {row['lr']:.3g}"]
     for name in ("train", "valid", "test"):
         if f"{name}_acc" in row:

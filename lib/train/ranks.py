@@ -139,8 +139,8 @@ class DataParallel(Callback):
             learn.loss_grad = learn.loss_grad * (sizes[rank()] / sum(sizes) * world())
 
     def after_train(self):
-        average = getattr(self.learn, "ema", None)
-        for tensor in (*self.learn.model.buffers(), *(average.average if average else ())):
+        ema = getattr(self.learn, "ema", None)
+        for tensor in (*self.learn.model.buffers(), *(ema.average if ema else ())):
             dist.broadcast(tensor, 0)
 
     def after_fit(self):

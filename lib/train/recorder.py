@@ -16,7 +16,7 @@ from lib.cli import OneLine
 from lib.train import ranks
 from lib.train.plateau import check_sole_owner
 
-CHECK_EVERY, CHECK_SECONDS = 50, 2  # between looks at the losses, whichever is sooner: each waits for the device
+CHECK_EVERY, CHECK_SECONDS = 50, 2  # batches or seconds from one look at the losses to the next: a look is a wait
 
 
 class Diverged(OneLine):
@@ -89,7 +89,7 @@ class EpochRecorder(Recorder):
 
     `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. In `metric_names`
     and `values`, columns that fastai lacks come after the metrics. `hps` has learning rate and momentum of each step.
-    Nothing waits for the device inside the batch loop but the look at the losses, every 50 batches or 2 seconds.
+    Inside the batch loop, only the look at the losses waits for the device: every 50 batches or 2 seconds.
     """
 
     name = "recorder"
@@ -133,7 +133,8 @@ class EpochRecorder(Recorder):
     def before_train(self):
         super().before_train()
         self.in_epoch = True
-        self.row |= {"epoch": self.epoch + 1, "batch_size": getattr(self.dl, "bs", None) or self.dl.batch_size}
+        size = getattr(self.dl, "bs", None) or getattr(self.dl, "batch_size", None)
+        self.row |= {"epoch": self.epoch + 1, "batch_size": size}
         if self.under_way:
             self.row, self.sums, self.under_way = dict(self.under_way["row"]), self.under_way["sums"], None
 
@@ -165,7 +166,7 @@ class EpochRecorder(Recorder):
             self.hps["lr"].append(lr), self.hps["mom"].append(momentum)
             for metric in self.train_scores:
                 metric.accumulate(learn)
-            late = time.perf_counter() > self.looked + CHECK_SECONDS and not learn.parallel  # ranks look together
+            late = time.perf_counter() > self.looked + CHECK_SECONDS and not learn.parallel  # ranks go by count
             if len(self.pending) >= CHECK_EVERY or late:
                 self.check()
 
@@ -173,7 +174,7 @@ class EpochRecorder(Recorder):
         """Adds up the batches since the last look. Raises Diverged naming the first whose loss is not finite."""
         if not self.pending:
             return
-        batches, lrs, sizes, losses, correct = zip(*self.pending)
+        batches, lrs, sizes, losses, correct = zip(*self.pending)  # size 0: this rank had no image that counts
         self.settle()
         self.looked = time.perf_counter()
         sizes, losses = torch.tensor(sizes, dtype=torch.float64), torch.stack(losses).cpu().double()
@@ -207,8 +208,8 @@ class EpochRecorder(Recorder):
                 where = f"after epoch {self.row['epoch']}"
                 raise diverged(name, value, where, len(self.learn.dls.train), self.row["lr"])
         self.row["seconds"] = time.perf_counter() - self.start
-        n_fastais = len(self.metric_names) - 1 - len(self.columns) - self.add_time
-        values = [*self.trained, *self.evaluated]
+        values = [*self.trained, *self.evaluated]  # None, below, for what a callback cancelled
+        n_fastais = len(self.metric_names) - len(["epoch", *self.columns]) - self.add_time
         values += [None] * (n_fastais - len(values))
         self.row |= {n: v for n, v in zip(self.metric_names[1:], values) if n not in self.row}
         self.rows.append(self.row)
@@ -226,7 +227,7 @@ class EpochRecorder(Recorder):
             recent = slice(-len(self.pending), None)
             self.losses[recent] = torch.stack(self.losses[recent]).cpu()
 
-    after_fit = settle  # of an epoch that was cut short
+    after_fit = settle  # an epoch that was cut short leaves pending batches
 
     def state_dict(self):
         """The record so far, that of the epoch under way included, as plain values and a tensor."""

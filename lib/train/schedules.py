@@ -93,7 +93,7 @@ def triangular(config, lr, epochs_done, shrink=1.0):
 def warm_restarts(config, lr, epochs_done):
     """Half a cosine from lr to 0, again and again, each time cycle_mult as long (Loshchilov & Hutter, 1608.03983)."""
     length = config.cycle_length * config.epochs
-    while epochs_done >= length * (1 - 1e-9):  # sums of rounded lengths
+    while epochs_done >= length * (1 - 1e-9):  # the lengths are rounded: a cycle may end a little late
         epochs_done, length = epochs_done - length, length * config.cycle_mult
     return {"lr": lr * (1 + math.cos(math.pi * epochs_done / length)) / 2}
 

@@ -12,8 +12,8 @@ from lib.train import lr_range, ranks
 from lib.train.learner import build
 from lib.train.recorder import value_of
 
-STEPS = 4  # that are timed; the first two are not counted
-PIXELS = 2**19  # of the images whose evaluation is timed
+STEPS = 4  # updates that are timed; the first two, which allocate memory, do not count
+PIXELS = 2**19  # of all images in the batch whose evaluation is timed
 LONG = 1800  # seconds from which a faster network is named
 
 
@@ -34,7 +34,7 @@ def evaluation_seconds(learn):
     """Seconds of an evaluation of valid and test by one process, from one batch of valid."""
     valid, test = learn.dls.valid, getattr(learn.dls, "test", None)
     batch = valid.plain(max(PIXELS // learn.dls.store.size**2, 2))
-    learn.evaluate([batch])  # whose first pass may load what computes
+    learn.evaluate([batch])  # the first pass may load libraries, so it is not timed
     start = time.perf_counter()
     value_of(learn.evaluate([batch]).scores[0])  # waits for the device
     images = len(valid.dataset) + (len(test.dataset) if test is not None else 0)
@@ -48,8 +48,8 @@ def epoch_seconds(learn, step, evaluation=None):
 
 
 def expectation(learn, config, precision, step=None):
-    """(seconds, line that says so) of the epochs of a run, from its range test's `step` seconds or a few steps."""
-    step = step if ranks.world() == 1 else None  # the range test's batches were whole
+    """How long the epochs of a run take, as (seconds, line). `step`: seconds of an update; None: a few are measured."""
+    step = step if ranks.world() == 1 else None  # the range test ran whole batches, but each rank trains a slice
     seconds = config.epochs * epoch_seconds(learn, step or step_seconds(learn))
     takes = "epoch takes" if config.epochs == 1 else "epochs take"
     line = f"{config.epochs} {takes} about {duration(seconds)} here ({until(seconds)})"
