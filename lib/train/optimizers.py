@@ -92,5 +92,5 @@ class GroupedOptimizer(OptimWrapper):
         return L(GroupHypers(self, i, {**values, **none}) for i, values in enumerate(named))
 
     def _set_hyper(self, name, values):
-        for hypers, value in zip(self.hypers, values):
-            hypers[name] = value
+        for i, value in enumerate(values):
+            GroupHypers(self, i, {})[name] = value  # `hypers` would read all of them, in every step
