@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from scipy import stats
 
 from lib.config import parse
 from tests.benchmarks import evidence
@@ -59,6 +60,27 @@ def test_best_rates_are_compared_with_each_other(options, monkeypatch):
     assert list(best[1]) == [f"{name} at 0.03" for name in plain[1]]
     assert best[1]["adam at 0.03"] == ["--optimizer", "adam", "--lr", "0.03"]
     assert [table for table, _ in evidence.tables(options, "noise")] == ["noise"]
+
+
+def test_the_table_of_best_rates_has_the_better_of_two_rates_on_valid(options):
+    made = lambda name, *accs: [acc and finished(options.out / f"{name}-{acc}", valid_acc=acc) for acc in accs]
+    found = {"plateau": made("p", 0.84, 0.80), "adam": made("a", 0.75, 0.70), "nesterov": made("n", None, 0.9)}
+    grid = {f"{name} at 0.1": made(f"{name} at 0.1", 0.81, 0.82) for name in found}
+    expected = {"plateau": found["plateau"]} | {name: grid[name] for name in ("adam at 0.1", "nesterov at 0.1")}
+    assert evidence.better(found, grid) == expected  # a run that diverged counts as 0
+
+
+def test_the_table_of_rates_has_paired_differences(options):
+    made = lambda name, accs: [
+        acc and finished(options.out / f"{name}-{i}", test_acc=acc) for i, acc in enumerate(accs)
+    ]
+    found = {"adam": made("a", [0.70, 0.72, None]), "sgd": made("s", [None])}
+    grid = {"adam at 0.1": made("g", [0.80, 0.84, 0.9]), "sgd at 1": made("h", [0.9])}
+    (row,) = evidence.rates(found, grid)  # without the runs that have no partner
+    assert (row["variant"], row["grid"], row["n"]) == ("adam", "adam at 0.1", 2) and row["gain"] == pytest.approx(0.11)
+    half = stats.ttest_rel([0.80, 0.84], [0.70, 0.72]).confidence_interval().high - 0.11
+    assert row["half_of_95_interval"] == pytest.approx(half)
+    assert row["grid_test_acc"] - row["range_test_acc"] == pytest.approx(0.11) and [*row] == evidence.RATES_CSV
 
 
 def test_what_is_finished_is_not_run_again_and_must_be_the_same(options):

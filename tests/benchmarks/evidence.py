@@ -6,7 +6,8 @@ A variant is trained by train_fastai.py with one thread, `--jobs` runs at a time
 its numbers in OUT/runs, and is not run again: stop this at any time, and the same command goes on. Optimizers and
 momenta run twice: at the rate of their own range test, and at the best rate of a grid. The grid has steps of about 3
 and runs 10 epochs of flat_cos with seed 0; the accuracy on valid chooses. (In 10 epochs of plateau, one cut more or
-less counts for more than the rate.) The tables and figures go to OUT (results/evidence).
+less counts for more than the rate.) Such a grid is rough: the table of best rates has a variant at its range tests'
+rates, if its mean accuracy on valid is higher there. The tables and figures go to OUT (results/evidence).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import fcntl
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +27,14 @@ from lib import compare
 from lib.cli import read_json
 from lib.config import MACHINE, PATHS, Config, parse
 from lib.explain import plots
-from lib.runs import write, write_figure
+from lib.runs import write, write_csv, write_figure
 
 ROOT = Path(__file__).parent.parent.parent
 COMMON = "--model small --ema 0 --threads 1 --gallery 0 --target 0 --no-progress".split()
 FILES = ("args.yaml", "env.json", "results.csv", "lr_find.csv")
 SAME = ("data_fingerprint", "precision", "cpu_capability")  # in the env.json of all runs
 ASIDE = (*MACHINE, *PATHS, "name")  # settings that do not make a variant
+RATES_CSV = "variant grid n range_test_acc grid_test_acc gain half_of_95_interval".split()
 RATES = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3)]  # of the grid
 TUNED = {
     **{name: ["--optimizer", name] for name in ("nesterov", "rmsprop", "adagrad", "adam")},
@@ -190,6 +193,29 @@ def tables(options, group):
     yield f"{group}-best-rates", best
 
 
+def better(found, grid):
+    """Each variant at its range tests' rates or at the grid's, whichever have the higher mean accuracy on valid.
+
+    Both are {variant: [folder of a finished run; None if it diverged, …]}, in the same order. The third is like them.
+    """
+    return dict(max(pair, key=lambda item: mean_of("valid_acc", item[1])) for pair in zip(found.items(), grid.items()))
+
+
+def mean_of(key, folders):
+    return statistics.fmean(read_json(folder / "summary.json")[key] if folder else 0 for folder in folders)
+
+
+def rates(found, grid):
+    """Rows of rates.csv: how much better the rate of the grid is than those of the range tests (`better` has both)."""
+    for (name, first), (best, second) in zip(found.items(), grid.items()):
+        pairs = [pair for pair in zip(first, second) if None not in pair]
+        scores = [[read_json(folder / "summary.json")["test_acc"] for folder in side] for side in zip(*pairs)]
+        if scores:
+            gain, half = compare.interval(scores[1], scores[0])
+            means = dict(range_test_acc=statistics.fmean(scores[0]), grid_test_acc=statistics.fmean(scores[1]))
+            yield dict(variant=name, grid=best, n=len(pairs), **means, gain=gain, half_of_95_interval=half)
+
+
 def gap_and_state(runs):
     """Two bars for each variant: training minus test accuracy after the last epoch; bytes that its optimizer keeps."""
     drawing, ((gap, state),) = plots.axes(13, 5, 1, 2)
@@ -234,6 +260,7 @@ def main():
     for group in options.groups:
         question = GROUPS[group][0]
         print(f"{group}: {question}", flush=True)
+        earlier = {}
         for table, variants in tables(options, group):
             todo = [(name, words, seed) for seed in options.seeds for name, words in variants.items()]
             with ThreadPoolExecutor(options.jobs) as pool:
@@ -241,7 +268,10 @@ def main():
             finished = {}
             for (name, _, _), numbers in zip(todo, done):
                 finished.setdefault(name, []).append(numbers)
-            report(options, table, question, finished)
+            report(options, table, question, better(earlier, finished) if earlier else finished)
+            if earlier:
+                write_csv(options.out / table / "rates.csv", list(rates(earlier, finished)), RATES_CSV)
+            earlier = finished
 
 
 if __name__ == "__main__":
