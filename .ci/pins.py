@@ -2,7 +2,7 @@
 
 uv run .ci/pins.py             writes environment.yml from the pins of pyproject.toml
 uv run .ci/pins.py --check     exits with 1 where the two differ
-uv run .ci/pins.py --update    resolves anew and writes every version into pyproject.toml first
+uv run .ci/pins.py --update    first resolves what the direct packages need, and writes its versions into pyproject.toml
 """
 
 import re

@@ -253,9 +253,9 @@ def table(variants):
         if target:
             forms |= {"epochs_to_target": "{:.1f}" if len(runs) > 1 else "{:.0f}", "seconds_to_target": "{:.0f}"}
         forms |= {"train_seconds": "{:.0f}"}
-        mark = " *" if any(map(disturbed, runs)) else ""
         values = {key: [run["summary"][key] for run in runs] for key in forms}
-        cells = [spread(values[key], form) + mark * ("seconds" in key) for key, form in forms.items()]
+        marked = [key for key in forms if "seconds" in key and any(values[key]) and any(map(disturbed, runs))]
+        cells = [spread(values[key], form) + " *" * (key in marked) for key, form in forms.items()]
         if folds:
             pooled = on_all_images(runs)
             cells.insert(1, spread(pooled) if pooled != [None] * len(pooled) else "")
@@ -311,7 +311,7 @@ def remarks(runs, missing, differ):
     """Sentences that a reader of the table of `runs` needs; `differ` names the settings that differ."""
     notes, folds = [], {run["args"]["folds"] for run in runs} - {0}
     if missing:
-        notes.append(f"Not finished, and left out: {', '.join(missing)}.")
+        notes.append(printable(f"Not finished, and left out: {', '.join(missing)}."))
     if not same_images(runs):
         notes.append("These runs saw different images: the comparison is not fair.")
     if "test" in {run["summary"]["chosen_on"] for run in runs}:
@@ -324,8 +324,8 @@ def remarks(runs, missing, differ):
     lengths = " and ".join(map(str, sorted({len(run["rows"]) for run in runs})))
     over, by = ("seeds and folds", "seed and fold") if folds else ("seeds", "seed")
     notes.append(
-        f"What differs: {', '.join(differ) or f'{over} alone'}. Runs of {lengths} epochs; mean ± standard deviation "
-        f"over n {over}; differences are paired by {by}, with 95% intervals (Student's t)."
+        f"What differs: {', '.join(differ) or f'{over} alone'}. Runs of {lengths} epoch{'s' * (lengths != '1')}; "
+        f"mean ± standard deviation over n {over}; differences are paired by {by}, with 95% intervals (Student's t)."
     )
     return notes
 

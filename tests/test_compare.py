@@ -197,6 +197,8 @@ def test_seconds_of_a_run_that_was_disturbed_are_marked():
         assert f"| 90 ± 0{mark} |" in compare.table({"x": [run(0), run(1, other_load=load)]})[0]
         timed = dict(target=0.88, epochs_to_target=3, seconds_to_target=60.0, other_load=load)
         assert f"| 60{mark} | 90{mark} |" in compare.table({"x": [run(0, **timed)]})[0]
+        timed |= dict(epochs_to_target=None, seconds_to_target=None)
+        assert f"| never | never | 90{mark} |" in compare.table({"x": [run(0, **timed)]})[0]
 
 
 def test_folds_are_runs_of_a_comparison(photos, tmp_path, capsys):
@@ -224,6 +226,10 @@ def test_a_variant_that_diverges_is_named_and_the_others_compared(bands, tmp_pat
     assert [row["variant"] for row in rows_of(tmp_path / "x/comparison.csv")] == ["plateau"]
     env = json.loads((tmp_path / "x/1000000000000.0-s0/env.json").read_text())
     assert "the loss is" in env["ended"]
+    (tmp_path / "x/1000000000000.0-s0").rename(tmp_path / "x/\x1b[31m-s0")  # as a stranger may name a folder
+    compare.main([str(tmp_path / "x"), "--out", str(tmp_path / "x")])
+    said = capsys.readouterr().out
+    assert "left out: " in said and "\x1b" not in said
     capsys.readouterr()
     run = tmp_path / "x/0.05-s0"
     assert compare.main([str(run), "--out", str(run)]) == 2 and "whose page would be lost" in capsys.readouterr().err

@@ -280,6 +280,10 @@ def test_arrays_are_images_where_they_have_the_shape_of_one():
             decode.read(a, 20)
     with pytest.raises(BadInput, match="an image: cannot be read as an image .*one side more than 100 times"):
         decode.read(np.zeros((2, 500), np.uint8), 20)
+    png = io.BytesIO()
+    Image.new("RGB", (2, 500)).save(png, "png")
+    with pytest.raises(BadInput, match="one side more than 100 times"):
+        decode.read(png.getvalue()[:48], 20)  # seen in the header: the pixels are missing
 
 
 def test_statistics_are_those_of_the_training_images(make):

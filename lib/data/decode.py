@@ -43,6 +43,7 @@ def read(image, size, levels=None, seen=None):
         if isinstance(image, bytes):
             return decoded(image, size, levels, seen)
         image = image if isinstance(image, Image.Image) else from_array(image)
+        check_sides(image)
         return resized(upright_rgb(image, levels, seen), size)
     except (BadInput, MemoryError):
         raise
@@ -87,6 +88,7 @@ def kinds_of(content):
 
 def decoded(content, size, levels, seen):
     with Image.open(BytesIO(content), formats=kinds_of(content)) as image:
+        check_sides(image)
         whole = image.width * image.height
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size, never below `size`
         saved = 1 if image.info.get("progressive") else 4  # a progressive one takes memory for all its pixels
@@ -168,11 +170,15 @@ def levels_of(seen):
     return min(least, 0.0), float(2 ** int(most).bit_length() - 1) if most > 1 else 1.0
 
 
+def check_sides(image):
+    """Raises ValueError if a PIL image, which need not be decoded yet, is a strip."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: one side more than {MAX_ASPECT} times the other")
+
+
 def resized(image, size):
     """A PIL image as pixels, its shorter side `size` pixels (bicubic)."""
-    short, long = sorted(image.size)
-    if long > MAX_ASPECT * short:
-        raise ValueError(f"{image.width} x {image.height} pixels: one side more than {MAX_ASPECT} times the other")
+    short = min(image.size)
     if short != size:
         sides = [max(round(side * size / short), size) for side in image.size]
         image = image.resize(sides, Image.Resampling.BICUBIC)
