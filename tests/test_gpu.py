@@ -90,7 +90,7 @@ def test_loaders_send_whole_batches_of_bytes(workers, make):
 def test_a_gpus_batches_are_a_cpus(workers, bands, parse):
     """To the rounding of another chip; those of evaluation come without processes."""
     settings = parse("--data", bands, "--size", 32, "-b", 16, *(["--workers", workers] if workers else []))
-    here, there = data.get_dls(settings), data.get_dls(settings, "cuda")
+    here, there = data.get_dls(settings, "cpu"), data.get_dls(settings, "cuda")
     assert there.train.pin_memory and [dl.fake_l.num_workers for dl in there.loaders[1:]] == [workers] * 2
     for one, other in zip(here, there):
         for (x, y), (x_there, y_there) in zip(one, other, strict=True):

@@ -74,7 +74,7 @@ class StoreDL(TfmdDL):
 
     It does so if all items are files in the store, and the item transforms are those it was made with. Otherwise it
     works item by item, as fastai does, with the same result. The order of a shuffled epoch is a function of (seed,
-    epoch), the augmentation of (seed, epoch, image). `epoch` grows by one after each complete pass.
+    epoch), the augmentation of (seed, epoch, image). `epoch` grows by one after each complete shuffled pass.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def cifar10(config):
 
 
 def digits(config):
-    """scikit-learn's 1,797 handwritten digits (8 x 8, 16 grey levels), written as PNG files: no network."""
+    """scikit-learn's 1,797 handwritten digits (8 x 8, 17 grey levels), written as PNG files: no network."""
     folder = cache_dir(config) / "digits"
     if not folder.is_dir():
         from sklearn.datasets import load_digits

@@ -14,7 +14,9 @@ COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang")}  
 
 
 class Compile(Callback):
-    """Compiles the forward and backward passes of training. On CUDA they become graphs: a step is a few launches.
+    """Compiles the forward and backward passes of training.
+
+    On CUDA, without `--accumulate`, they become graphs: a step is a few launches.
 
     If the last batch of an epoch is smaller, the plain model takes it: to compile for it would cost another minute.
     """

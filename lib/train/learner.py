@@ -92,7 +92,7 @@ class SGDLearner(Looks):
         **kwargs,  # as fastai's Learner
     ):
         if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}; or pass opt_func")
         self.mom = mom if opt_func is None else None
         self.accumulate, self.parallel, self.scaler = accumulate, None, None
         self.adding = None  # (epoch, number) of the group of batches whose gradients are being added up
@@ -305,7 +305,7 @@ class SGDLearner(Looks):
 
 
 def build(config, dls, model, precision="float32", cbs=None):
-    """The SGDLearner that `config` asks for. It prints nothing by itself."""
+    """The SGDLearner that `config` asks for. It shows no bar and no line for each epoch."""
     weight = class_weights(dls.train.labels, len(dls.vocab)) if config.class_weights else None
     alone = torch.device(dls.device).type == "cpu" and ranks.world() == 1 and not dls.train.fake_l.num_workers
     cbs = [*(cbs or []), ShareCores(adapt=config.threads == "auto" and not config.compile, looks=alone)]

@@ -116,7 +116,7 @@ class EpochRecorder(Recorder):
         self.begin_row()
 
     def begin_row(self):
-        """Starts an empty row. Its fields stay None for the parts of the epoch that a callback cancels."""
+        """Starts an empty row. What a callback cancels may be missing in it."""
         hypers = self.opt.hypers[-1]
         self.row = {"epoch": None, "seconds": None, "lr": hypers["lr"], "momentum": hypers.get("mom", 0.0)}
         self.in_epoch, self.trained, self.evaluated = False, [None] * (1 + len(self.train_scores)), []
