@@ -196,13 +196,11 @@ def tables(options, group):
 def better(found, grid):
     """Each variant at its range tests' rates or at the grid's, whichever have the higher mean accuracy on valid.
 
-    Both are {variant: [folder of a finished run; None if it diverged, …]}, in the same order. The third is like them.
+    Both are {variant: [folder of a finished run; None if it diverged, …]}, in the same order. So is what is returned.
     """
-    return dict(max(pair, key=lambda item: mean_of("valid_acc", item[1])) for pair in zip(found.items(), grid.items()))
-
-
-def mean_of(key, folders):
-    return statistics.fmean(read_json(folder / "summary.json")[key] if folder else 0 for folder in folders)
+    accuracy = lambda folder: read_json(folder / "summary.json")["valid_acc"] if folder else 0
+    pairs = zip(found.items(), grid.items())
+    return dict(max(pair, key=lambda item: statistics.fmean(map(accuracy, item[1]))) for pair in pairs)
 
 
 def rates(found, grid):
