@@ -36,12 +36,12 @@ GROUPS = {  # heading: (settings, notes)
           Data with its own `valid/` and `test/` keeps both.
         - `--folds 5` makes five runs. Each run tests on another fifth of the images
           ([comparing.md](comparing.md)). With `--fold 2` there is one run, which tests on the second fifth.
-        - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for
-          evaluation, at a random place for training. For a pretrained network of timm, `--size auto` is the size that
-          its weights were trained with.
+        - `--size` is the length of the shorter side. Images are then cropped to a square: in the centre for evaluation,
+          at a random place for training (unless `--augment none`). For a pretrained network of timm, `--size auto` is
+          the size that its weights were trained with.
         - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
-          end. With `--cache DIR` it stays, and later runs use it again if the names, sizes and times of the images
-          have not changed.
+          end (not under torchrun). With `--cache DIR` it stays, and later runs use it again if the names, sizes and
+          times of the images have not changed.
         """,
     ),
     "Network": (
@@ -63,8 +63,9 @@ GROUPS = {  # heading: (settings, notes)
           Under `adam`, `rmsprop` and `adagrad` the penalty too is divided by the size of the gradients (Loshchilov &
           Hutter, arXiv 1711.05101).
         - `--ema` evaluates and keeps an exponential moving average of the weights. It does not change the steps of the
-          training, with one exception: plateau watches the loss of the average. The decay is for each step: if a step
-          has more images (`grow_batch`, `--accumulate`), the average goes back over more epochs.
+          training, except through what watches `--monitor`: plateau, for one, watches the loss of the average. The
+          decay is for each step: if a step has more images (`grow_batch`, `--accumulate`), the average goes back over
+          more epochs.
         - `--stop-after` counts epochs without a new best value, however little better. Under `plateau` and `grow_batch`
           it must be at least `--patience-epochs` + 2, so that a smaller rate can act. Under the other schedules it may
           end a run while the rate is still high.
@@ -96,9 +97,13 @@ GROUPS = {  # heading: (settings, notes)
           `--ema` on other data, pass `--threshold 0.04` too; the value was chosen on CIFAR-10.
         - `one_cycle` sets the momentum itself, between `--max-momentum` and `--min-momentum`. `--momentum` then counts
           in its range test alone. `rmsprop` and `adagrad` have no momentum.
-        - Each setting acts under the schedules that its meaning names. `--patience-epochs`, `--threshold` and
-          `--cooldown-epochs` also count for `--perturb-on-plateau`. `--monitor` also counts for it, and for
-          `--stop-after`.
+        - A setting acts under the schedules that its meaning names. `--warmup-epochs` acts under all of them,
+          `--cycle-length` under `triangular`, `triangular2` and `warm_restarts`. What acts under `plateau` acts under
+          `grow_batch` too.
+        - `--perturb-on-plateau` has its own detector of plateaus. `--monitor`, `--patience-epochs`, `--threshold`,
+          `--threshold-mode` and `--cooldown-epochs` count for it too. `--monitor` also counts for `--stop-after`.
+        - With `--ema`, `--monitor` names a value of the averaged weights. (`train_loss` and `train_acc` are those of
+          the weights in training.)
         """,
     ),
     "Augmentation": (
@@ -106,7 +111,8 @@ GROUPS = {  # heading: (settings, notes)
         """
         - `standard` crops at random from a padded image, flips it in every other epoch, and masks one square (cutout).
         - `photo` crops at random places and scales, flips, changes colours a little, and masks one square.
-        - `none` changes nothing. You can also pass a pipeline of your own: a file that albumentations' `A.save` wrote.
+        - `none` changes nothing: it crops larger images in the centre, as for evaluation. You can also pass a pipeline
+          of your own: a file that albumentations' `A.save` wrote.
         - `--cutout` and `--flip` act in `standard` and `photo`, `--crop-padding` in `standard` alone. With `none`, or
           with a pipeline of your own, none of them acts.
         - `augment.yaml` in the run folder holds the pipeline of the run.
@@ -119,8 +125,8 @@ GROUPS = {  # heading: (settings, notes)
           has by itself. Affinity and the quota of a container limit these cores. On a CPU, a run checks once a second
           how many of them other programs use. It gives up the cores that they keep busy, and takes them again when
           they are free. It says so in a line. If the number of threads changes, the run is not repeatable to the bit.
-          `--threads N` never changes it. Only on Linux does a run see other programs, and not with loader processes,
-          `--compile` or torchrun.
+          `--threads N` never changes it. Only on Linux does a run see other programs, and not with loader processes
+          or torchrun. With `--compile` it does not adapt.
         - fp16 needs a CUDA device; `--precision auto` never takes it.
         - `--compile` needs a compiler. On a CPU it needs `--precision float32`. It works in one process only, and not
           with `--minutes`.
@@ -134,8 +140,11 @@ GROUPS = {  # heading: (settings, notes)
           an epoch, one line says so, and training goes on. A resumed run goes on with its run at wandb or MLflow.
         - `--cam eigencam` knows no class: its two maps are equal. `xgradcam` is made for layers whose outputs are not
           negative; those of our networks may be.
+        - `--name`: the default also has the optimizer, if it is not `sgd`, and the fold, if there is one. Where the
+          folder is there already, `-2` is added.
         - `--resume` goes on from the last checkpoint. There is one at the end of each epoch, and one every
-          `--checkpoint-seconds` within an epoch. [reliability.md](reliability.md) lists what is promised.
+          `--checkpoint-seconds` within an epoch. `--epochs` may grow under `plateau`, `grow_batch` and `constant`.
+          [reliability.md](reliability.md) lists what is promised.
         """,
     ),
 }

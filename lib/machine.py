@@ -29,6 +29,10 @@ def prepare(config):
     """
     keep_memory()
     device = pick_device(config)
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(device)  # else CUDA itself would open, and use, the first card
     seed_everything(config.seed)
     return device, pick_precision(config, device), set_threads(config)
 
@@ -151,42 +155,42 @@ def environment():
     }
 
 
-def computes(gpu):
-    """Whether torch can compute on the GPU `gpu`; prints why not. The GPU or its driver may be too old."""
+def fault(device):
+    """Why torch cannot compute on the device of this name, in one line; None if it can."""
     import torch
 
     try:
-        return torch.ones(1, device=gpu).add(1).item() == 2
-    except RuntimeError as e:
-        if "out of memory" in str(e) or "busy" in str(e):
-            raise
-        print(f"warning: {gpu} is not used ({one_line(e)[:300]})", file=sys.stderr)
-        return False
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as e:
+        return one_line(e)[:300]
 
 
 def pick_device(config):
-    """`--device` as a torch.device; auto is the rank's own GPU, or the best device there is. Raises BadInput."""
+    """`--device` as a torch.device; auto is the rank's own GPU, or the best device there is. Raises BadInput.
+
+    auto does without a GPU that is too old for torch, or whose driver is. A GPU that is busy, or full, is an error.
+    """
     import torch
 
-    processes, gpus = processes_here(), torch.cuda.device_count()
-    one_each = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-    if launched() and one_each and processes <= gpus:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if processes > 1 and (one_each or config.device.startswith("cuda")):  # on every rank, so that none waits
+    name, processes, gpus = config.device, processes_here(), torch.cuda.device_count()
+    one_each = name == "cuda" or (name == "auto" and gpus > 0)
+    if one_each and processes <= gpus:
+        name = f"cuda:{os.environ['LOCAL_RANK'] if launched() else 0}"
+    elif processes > 1 and (one_each or name.startswith("cuda")):  # on every rank, so that none waits
         n = gpus if one_each else 1
         remedy = f"start {n} (torchrun --nproc-per-node {n}), or pass --device cpu" if n else "pass --device cpu"
-        raise BadInput(f"--device {config.device}: {n} GPUs for {processes} processes on this machine; {remedy}")
-    if config.device == "auto":
-        mps = torch.backends.mps.is_available() and not launched()
-        return torch.device("cuda:0" if gpus and computes("cuda:0") else "mps" if mps else "cpu")
-    try:
-        device = torch.device(config.device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"--device: {config.device!r} is not to be had on this machine; pass auto or cpu") from None
+        raise BadInput(f"--device {name}: {n} GPUs for {processes} processes on this machine; {remedy}")
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() and not launched() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise BadInput(f"--device: must be auto, cpu, cuda, cuda:1 or mps, not {name!r}")
+    why = fault(name)
+    if why and config.device == "auto" and not launched() and not any(word in why for word in ("memory", "busy")):
+        print(f"warning: {name} is not used ({why})", file=sys.stderr)
+        name = "cpu"
+    elif why:
+        raise BadInput(f"--device: {name} cannot be used ({why}); pass another one, or --device cpu")
+    return torch.device(name)
 
 
 def pick_precision(config, device):
@@ -194,7 +198,8 @@ def pick_precision(config, device):
     import torch
 
     if config.precision == "fp16" and device.type != "cuda":
-        raise BadInput("--precision: fp16 needs a CUDA device; pass bf16, float32 or auto")
+        remedy = "resume where there is one" if config.resume else "pass bf16, float32 or auto"
+        raise BadInput(f"--precision: fp16 needs a CUDA device; {remedy}")
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":

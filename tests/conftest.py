@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
     """Tests marked `cuda` are skipped where there is no such device."""
     for item in items if not torch.cuda.is_available() else ():
         if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m cuda"))
 
 
 @pytest.fixture(autouse=True)

@@ -86,8 +86,9 @@ def test_graphs_are_for_a_gpu_and_for_steps_of_one_batch(make, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.slow
-def test_a_gpus_graphs_train_as_the_plain_model_does(bands, parse):
-    """In float32 the losses of 14 steps are apart by rounding, which training makes larger."""
+def test_a_gpus_graphs_train_as_the_plain_model_does(bands, parse, monkeypatch):
+    """In float32 (TF32 is coarser) the losses of 14 steps are apart by rounding, which training makes larger."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     found = []
     for flags in ([], ["--compile"]):
         settings = parse("--data", bands, "--size", 32, "--model", "small", "-b", 16, "--epochs", 2, *flags)

@@ -12,6 +12,7 @@ import yaml
 from fastai.callback import schedule as fastai_schedule
 
 from lib import cli, config, machine
+from lib.cli import BadInput
 from lib.config import Config
 from lib.data import sources
 from lib.models import zoo
@@ -163,8 +164,31 @@ def test_a_gpu_that_torch_cannot_use_is_left_out(monkeypatch, capsys):
 
 def test_a_gpu_that_torch_can_use_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(machine, "computes", lambda gpu: gpu == "cuda:0")
-    assert machine.pick_device(Config()) == torch.device("cuda:0")
+    monkeypatch.setattr(machine, "fault", {"cuda:0": None}.get)
+    assert machine.pick_device(Config()) == machine.pick_device(Config(device="cuda")) == torch.device("cuda:0")
+
+
+def test_a_gpu_that_is_busy_is_no_reason_to_train_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    busy = RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: (_ for _ in ()).throw(busy))
+    with pytest.raises(BadInput, match="^--device: cuda:0 cannot be used .*busy.*; pass another one, or --device cpu"):
+        machine.pick_device(Config())
+
+
+def test_the_chosen_gpu_is_the_current_one(monkeypatch):
+    """Else torch would open the first card too, for its random generator and for pinned memory."""
+    chosen = []
+    monkeypatch.setattr(machine, "fault", {"cuda:1": None}.get)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(machine, "pick_precision", lambda config, device: "float32")
+    assert machine.prepare(Config(device="cuda:1"))[0] == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_a_run_in_fp16_goes_on_where_there_is_a_gpu():
+    with pytest.raises(BadInput, match="resume where there is one"):
+        machine.pick_precision(Config(precision="fp16", resume="runs/x"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("schedule", config.SCHEDULES)

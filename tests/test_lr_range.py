@@ -1,4 +1,6 @@
+import gc
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -80,6 +82,26 @@ def test_it_leaves_no_trace(make, options):
     before = state_of(learn)
     lr_range.find(learn, num_it=30, **options)
     assert state_of(learn) == before
+
+
+def test_the_memory_of_the_copy_is_free_at_once(make, monkeypatch):
+    """Not when Python next looks for garbage: a large network may fit into a card twice, and not three times."""
+    _, learn = make("--mixup", 0.4)
+    made, twin = [], learn.twin
+
+    def noted():
+        copy = twin()
+        made.append(weakref.ref(next(copy.model.parameters())))
+        return copy
+
+    monkeypatch.setattr(learn, "twin", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        lr_range.run(learn, np.full(12, 1e-3), stop_div=False)
+    finally:
+        gc.enable()
+    assert [weight() for weight in made] == [None]
 
 
 def test_interrupted_it_leaves_no_trace(make, monkeypatch):

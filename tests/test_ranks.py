@@ -15,6 +15,7 @@ from torch import nn
 
 from lib import config as settings
 from lib import machine
+from lib.cli import BadInput
 from lib.data import loader
 from lib.train import checkpoint, learner, ranks, recorder, schedules
 from tests.conftest import free_port, on_ranks
@@ -195,6 +196,7 @@ def test_fewer_gpus_than_processes_end_all_ranks_at_once(device, gpus, words, ba
 
 def test_each_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "fault", {"cuda:1": None, "cpu": None}.get)
     for name, value in zip(machine.TORCHRUN, "121212"):
         monkeypatch.setenv(name, value)
     for device in ("auto", "cuda"):
@@ -202,6 +204,16 @@ def test_each_rank_takes_its_own_gpu(monkeypatch):
     assert machine.pick_device(SimpleNamespace(device="cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert machine.pick_device(SimpleNamespace(device="auto")) == torch.device("cpu")
+
+
+def test_a_rank_whose_gpu_cannot_be_used_says_so(monkeypatch):
+    """It does not go on with a CPU: the other ranks have a GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "fault", {"cuda:1": "too old"}.get)
+    for name, value in zip(machine.TORCHRUN, "121212"):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=r"^--device: cuda:1 cannot be used \(too old\)"):
+        machine.pick_device(SimpleNamespace(device="auto"))
 
 
 def test_a_comparison_on_ranks_is_refused(bands, tmp_path, monkeypatch, capsys):

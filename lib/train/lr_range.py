@@ -107,10 +107,12 @@ def run(learn, lrs, stop_div=True, on_valid=False, on_update=noop):
         twin = learn.twin()
         updates = -(-len(learn.dls.train) // twin.accumulate)  # in an epoch
         twin.fit(-(-len(lrs) // updates), cbs=test)
+        epochs = twin.epoch + 1
+        vars(twin).clear()  # it and its callbacks hold each other, and would keep the memory of its model for a while
     n = int(np.isfinite(test.curve).cumprod().sum())  # up to the first loss that is not finite, as fastai has it
     seconds = float(np.median(np.diff(test.times)[min(1, n - 2) :])) if n > 1 else math.nan  # from the third update on
     last = lrs[:n, -1] if lrs.ndim == 2 else lrs[:n]
-    return RangeTest(last, np.array(test.curve[:n]), twin.epoch + 1, len(lrs), seconds)
+    return RangeTest(last, np.array(test.curve[:n]), epochs, len(lrs), seconds)
 
 
 def rates(start_lr, end_lr, num_it, linear=False):

@@ -29,8 +29,6 @@ def joined(device):
         return
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device: several processes run on cpu or cuda, not {device.type}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
@@ -39,7 +37,8 @@ def joined(device):
     except RuntimeError as e:
         if not any(word in str(e) for word in ("gloo", "NCCL", "Connection")):
             raise
-        raise Lost(f"rank {rank()}: another rank is gone, see its message ({one_line(e)[:200]})") from None
+        told = f"rank {rank()}: another rank, or the way to it, is gone; see its message"
+        raise Lost(f"{told} ({one_line(e)[:200]})") from None
     dist.destroy_process_group()
 
 

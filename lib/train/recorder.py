@@ -89,7 +89,8 @@ class EpochRecorder(Recorder):
 
     `rows` has a dict an epoch: the columns of results.csv, then the user's metrics. In `metric_names`
     and `values`, columns that fastai lacks come after the metrics. `hps` has learning rate and momentum of each step.
-    Inside the batch loop, only the look at the losses waits for the device: every 50 batches or 2 seconds.
+    (fastai's ParamScheduler puts its own record in its place.) Inside the batch loop, only the look at the losses
+    waits for the device: every 50 batches or 2 seconds.
     """
 
     name = "recorder"

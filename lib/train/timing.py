@@ -34,9 +34,9 @@ def evaluation_seconds(learn):
     """Seconds of an evaluation of valid and test by one process, from one batch of valid."""
     valid, test = learn.dls.valid, getattr(learn.dls, "test", None)
     batch = valid.plain(max(PIXELS // learn.dls.store.size**2, 2))
-    learn.evaluate([batch])  # the first pass may load libraries, so it is not timed
-    start = time.perf_counter()
-    value_of(learn.evaluate([batch]).scores[0])  # waits for the device
+    for _ in range(2):  # the first pass may load libraries, so it is not timed
+        start = time.perf_counter()
+        value_of(learn.evaluate([batch]).scores[0])  # waits for the device
     images = len(valid.dataset) + (len(test.dataset) if test is not None else 0)
     return (time.perf_counter() - start) * images / len(batch[0])
 

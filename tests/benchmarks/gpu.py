@@ -192,13 +192,18 @@ def workers_make_no_difference(bench):
     assert len(set(hashes.values())) == 1, f"batches differ: {hashes}"
 
 
+def without_tf32():
+    """Inside, float32 convolutions on a card are computed in float32."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def maps_equal_the_cpus(bench):
     """In float32 as torch has it by default, which on a card is TF32 in convolutions; and without TF32, to compare."""
     _, learn = bench.learner()
     x, y = learn.dls.valid.plain(16)
     of = lambda model, x: maps(model, models.cam_layer(model, x.shape[-1]), x, y.tolist())
     default = of(learn.model, x)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with without_tf32():
         exact = of(learn.model, x)
     cpus = of(learn.model.cpu(), x.cpu())
     found = {"apart": float(np.abs(default - cpus).max()), "apart_without_tf32": float(np.abs(exact - cpus).max())}
@@ -215,7 +220,8 @@ def a_compiled_fit_is_the_plain_one(bench):
         except BadInput as e:  # no C++ compiler is here
             raise Skipped(str(e)) from None
         start = time.monotonic()
-        schedules.fit(learn, settings, 0.05)
+        with without_tf32():  # which rounds by 1e-3 itself
+            schedules.fit(learn, settings, 0.05)
         seconds.append(time.monotonic() - start)
         losses.append([float(loss) for loss in learn.recorder.losses])  # a moving average of the steps' losses
     apart = [abs(a - b) / a for a, b in zip(*losses, strict=True)]
@@ -296,6 +302,9 @@ def tests_marked_cuda_pass(bench):
     done = bench.beside("tests")
     told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     assert done.returncode == 0, f"exit status {done.returncode}: {' '.join(told) or done.stderr[-300:]}"
+    last = done.stdout.strip().splitlines()[-1]
+    assert "passed" in last and "skipped" not in last, last  # a test is skipped where it sees no card
+    return {"tests": last}
 
 
 def loss_falls(bench):
@@ -316,7 +325,8 @@ def predictions_equal_the_cpus(bench):
     from lib.predict import load
 
     images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
-    (_, p), (_, q) = (load(bench.beside("one"), device)(images) for device in ("cpu", str(bench.device)))
+    with without_tf32():
+        (_, p), (_, q) = (load(bench.beside("one"), device)(images) for device in ("cpu", str(bench.device)))
     apart = float(np.abs(p - q).max())
     assert apart < 1e-3, f"probabilities differ by {apart:.2g}"
     return {"apart": apart}
