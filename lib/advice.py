@@ -101,6 +101,16 @@ def never_cut(run):
     return not run["cuts"], numbers, text
 
 
+def rough_rate(run):
+    """The range test found the rate of adam or adagrad: the best may be ten times as small, or as large."""
+    args, lr = run["args"], run["summary"]["lr"]
+    found = args["lr"] == "find"
+    numbers = f"{args['optimizer']}, rate {lr:.3g} {'of the range test' if found else 'of `--lr`'}"
+    rates = " ".join(f"{lr * factor:.1g}" for factor in (0.1, 0.3, 3, 10))
+    text = f"Compare rates by their valid accuracy: `--lr {rates}`."
+    return found and args["optimizer"] in ("adam", "adagrad"), numbers, text
+
+
 def weak_class(run):
     """The 95% interval of the recall of a class ends more than 0.05 below test accuracy."""
     classes = [(wilson(right / n, n)[1], right / n, name, n) for name, right, n in run["recalls"] if n]
@@ -132,7 +142,7 @@ def small_valid(run):
     return error > 0.01, numbers, f"{what}{less}."
 
 
-RULES = (look_first, overfitted, unfinished, too_small, never_cut, weak_class, small_valid)
+RULES = (look_first, overfitted, unfinished, too_small, never_cut, rough_rate, weak_class, small_valid)
 
 
 def advice(run):

@@ -13,7 +13,7 @@ def run(train=(0.5, 0.8, 0.97, 0.972), test=0.96, valid=(0.9, 0.95), summary=(),
     """A run of which no rule applies. `n`: images of valid and test; `more`: recalls, doubts, cuts, settings."""
     facts = {name: more.pop(name) for name in ("recalls", "doubts", "cuts", "sets") if name in more}
     rows = dict(train_acc=list(train), valid_acc=list(valid), epoch=list(range(1, len(train) + 1)))
-    kept = dict(best_epoch=len(train), test_acc=test, valid_acc=max(valid), chosen_on="valid") | dict(summary)
+    kept = dict(best_epoch=len(train), test_acc=test, valid_acc=max(valid), chosen_on="valid", lr=0.1) | dict(summary)
     recalls = [("cat", 950, 1000), ("dog", 970, 1000)]
     found = dict(
         args=Config(**{"epochs": len(train)} | more).to_dict(),
@@ -67,6 +67,15 @@ def test_train_far_above_test():
         (dict(cutout=16, weight_decay=0.0), ": `--weight-decay 0.0005`"),
     ):
         assert wanted in told(advice.overfitted, **settings)[1]
+
+
+@pytest.mark.parametrize("optimizer", config.OPTIMIZERS)
+def test_a_rate_of_the_range_test_is_rough_for_adam_and_adagrad(optimizer):
+    """On CIFAR-10 the best rate of a grid is a tenth of Adam's, and up to eight times Adagrad's (docs/lecture.md)."""
+    applies, text = told(advice.rough_rate, optimizer=optimizer, summary={"lr": 0.0222})
+    assert applies is (optimizer in ("adam", "adagrad"))
+    assert f"{optimizer}, rate 0.0222 of the range test" in text and "`--lr 0.002 0.007 0.07 0.2`" in text
+    assert not told(advice.rough_rate, optimizer=optimizer, lr=0.003)[0]
 
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
