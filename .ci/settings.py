@@ -80,6 +80,8 @@ GROUPS = {  # heading: (settings, notes)
         - The range test trains a copy of the network while the rate rises, by default from 1e-5 to 10. It leaves no
           trace: a run with `--lr find` that finds x equals a run with `--lr x` to the bit. With `--accumulate`,
           `--lr-iters` counts updates.
+        - The loss reacts late to the rates if the momentum is large. So the range test has at least 10 / (1 - momentum)
+          batches: 1,000 with `--momentum 0.99`.
         - `--lr` is the largest rate of every schedule. With a number there is no range test, and the other settings of
           this table have no effect.
         """,

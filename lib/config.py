@@ -51,6 +51,7 @@ IMPLIED = {  # setting: function of its value that gives new defaults for settin
     "minutes": lambda some: {"schedule": "one_cycle", "epochs": "auto", "model": "auto"} if some else {},
     "schedule": {"flat_cos": {"pct_start": 0.75}, "warm_restarts": {"cycle_length": 1 / 7}}.get,
     "pretrained": lambda weights: {"freeze_epochs": 1 if weights else 0},
+    "momentum": lambda mu: {"lr_iters": min(max(round(10 / (1 - mu)), 100), 2000)},  # ten times its memory
     "lr_scale": {"exponential": {"lr_high": 10.0}, "linear": {"lr_high": 2.0}}.get,
     "monitor": lambda what: {} if what == "valid_loss" else {"threshold": COMMON["threshold"]},
     "ema": lambda decay: {} if decay else {"threshold": COMMON["threshold"]},
@@ -81,14 +82,14 @@ class Config:
     valid_pct: float = option(0.1, "share of train held out to choose the weights; 0: test chooses", low=0, high=0.9)
     folds: int = option(0, "split the images into so many parts; one run tests on each; 0: no folds", low=0, high=100)
     fold: int = option(0, "run only this fold: its images are the test set; 0: run all folds", low=0, high=100)
+    optimizer: Literal[*OPTIMIZERS] = option("sgd", "what updates the weights; sgd has momentum")
+    momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     lr: float | Literal["find"] = option("find", "learning rate: a number, or find (range test)", low=1e-12)
     lr_suggest: Literal[*SUGGESTIONS] = option("sixth", "which suggestion of the range test is used")
-    lr_iters: int = option(100, "batches of the range test", low=10, high=2000)
+    lr_iters: int = option(None, "batches of the range test (100; more above momentum 0.9)", low=10, high=2000)
     lr_scale: Literal["exponential", "linear"] = option("exponential", "how the rates of the range test rise")
     lr_high: float = option(None, "last rate of the range test (exponential 10, linear 2)", low=1e-4)
     lr_find_on: Literal["train", "valid"] = option("train", "set whose loss the range test looks at")
-    optimizer: Literal[*OPTIMIZERS] = option("sgd", "what updates the weights; sgd has momentum")
-    momentum: float = option(0.9, "momentum of sgd and nesterov, first beta of adam", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "L2 penalty added to the gradient; not on norms and biases", low=0)
     label_smoothing: float = option(None, "label smoothing of the training loss (0; cifar10 0.1)", low=0, high=0.99)
     class_weights: bool = option(False, "weigh the training loss by class: images / (classes x images of the class)")
@@ -202,8 +203,7 @@ def check(field, value):
     """`value` as the annotation of `field` has it. Raises BadInput that names the setting and what it may be."""
     if field.name != "seeds":
         return check_one(field, value)
-    many = value if isinstance(value, (list, tuple)) else [value]
-    seeds = tuple(check_one(field, seed) for seed in many)
+    seeds = tuple(check_one(field, seed) for seed in (value if isinstance(value, (list, tuple)) else [value]))
     if not 0 < len(seeds) == len(set(seeds)):
         raise BadInput(f"--seeds: must be one or several different whole numbers, not {brief(value)}")
     return seeds

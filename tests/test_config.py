@@ -186,6 +186,14 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch):
     assert chosen == [torch.device("cuda:1")]
 
 
+def test_a_range_test_is_ten_times_as_long_as_the_memory_of_the_momentum():
+    """Else the loss at a rate shows the steps of rates long before it."""
+    for momentum, wanted in ((0.0, 100), (0.9, 100), (0.95, 200), (0.99, 1000), (0.9999, 2000)):
+        assert Config(momentum=momentum).lr_iters == wanted
+    assert Config(momentum=0.99, lr_iters=50).lr_iters == 50
+    assert [c.lr_iters for c in config.variants(["--momentum", "0.9", "0.99"])] == [100, 1000]
+
+
 def test_a_run_in_fp16_goes_on_where_there_is_a_gpu():
     with pytest.raises(BadInput, match="resume where there is one"):
         machine.pick_precision(Config(precision="fp16", resume="runs/x"), torch.device("cpu"))

@@ -39,9 +39,11 @@ RATES = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3)
 TUNED = {
     **{name: ["--optimizer", name] for name in ("nesterov", "rmsprop", "adagrad", "adam")},
     "momentum 0": ["--momentum", "0", "--lr-high", "100"],  # its best rates are ten times those of momentum 0.9
-    **{f"momentum {m}": ["--momentum", m] for m in ("0.75", "0.99")},
+    "momentum 0.75": ["--momentum", "0.75"],
+    "momentum 0.99": ["--momentum", "0.99", "--lr-iters", "100"],
 }
 VARIANTS = {
+    "momentum 0.99, a longer range test": ["--momentum", "0.99"],
     "plateau": [],
     "constant": ["--schedule", "constant"],
     "one cycle": ["--schedule", "one_cycle"],
@@ -83,6 +85,10 @@ GROUPS = {
     "momentum": (
         "Which momentum from 0 to 0.99 ends highest, at the rate of its range test and at its best rate?",
         ["plateau", "momentum 0", "momentum 0.75", "momentum 0.99"],
+    ),
+    "longer": (
+        "Does a range test of 1,000 updates find a better rate for a momentum of 0.99 than one of 100?",
+        ["momentum 0.99", "momentum 0.99, a longer range test"],
     ),
     "optimizers": (
         "Is SGD with momentum better on test than Nesterov, RMSProp, Adagrad and Adam, each at its best rate, all with "
