@@ -93,8 +93,11 @@ def test_ranks_agree_on_the_statistics_of_batchnorm(ema, bands, cache, tmp_path)
 
 def test_a_run_on_two_ranks_ends_with_a_report_that_the_first_alone_makes(bands, tmp_path):
     """fastai would gather predictions from all ranks, of which the others have gone home."""
-    job = lambda rank: main(["--data", str(bands), "--out", str(tmp_path / "runs"), "--name", "run", *ARGS])
-    assert on_ranks(2, job, tmp_path) == [0, 0], said(tmp_path)
+    shutil.copytree(bands, tmp_path / "data/train")
+    shutil.copytree(bands / "class 0", tmp_path / "data/new")  # a note says that it is passed over
+    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--name", "run", *ARGS]
+    assert on_ranks(2, lambda rank: main(argv), tmp_path) == [0, 0], said(tmp_path)
+    assert "passed over" in (tmp_path / "rank0.txt").read_text() and (tmp_path / "rank1.txt").read_text() == ""
     run = tmp_path / "runs/run"
     assert len(results(run)) == 4 and (run / "summary.json").exists() and (run / "mistakes.csv").exists()
 

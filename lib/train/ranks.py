@@ -1,6 +1,6 @@
 """Several processes: torchrun starts them, torch's DistributedDataParallel joins their gradients."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 
 import torch
@@ -95,10 +95,11 @@ def gathered(part, sizes):
 
 @contextmanager
 def first_alone():
-    """The first rank runs the block before the others do, so they find what it wrote."""
+    """The first rank runs the block before the others do, so they find what it wrote. They print nothing there."""
     if world() > 1 and not leads():
         dist.barrier()
-    yield
+    with nullcontext() if leads() else redirect_stdout(None):
+        yield
     if world() > 1 and leads():
         dist.barrier()
 
