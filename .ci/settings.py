@@ -130,8 +130,8 @@ GROUPS = {  # heading: (settings, notes)
           `--threads N` never changes it. Only on Linux does a run see other programs, and not with loader processes
           or torchrun. With `--compile` it does not adapt.
         - fp16 needs a CUDA device; `--precision auto` never takes it.
-        - `--compile` needs a compiler. On a CPU it needs `--precision float32`. It works in one process only, and not
-          with `--minutes`.
+        - `--compile` needs a compiler, and Python's headers (`Python.h`). On a CPU it needs `--precision float32`. It
+          works in one process only, and not with `--minutes`.
         """,
     ),
     "Output": (

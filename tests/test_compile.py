@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 
 from lib import data, models, train
 from lib.cli import BadInput
-from lib.train import compiled
+from lib.train import compiled, learner
 from lib.train.schedules import fit
 from tests.conftest import fingerprint
 
@@ -49,7 +49,7 @@ def test_steps_alone_are_compiled_and_it_ends_with_the_fit(make, monkeypatch):
     plain = make("--epochs", 5)
     fit(plain[1], plain[0], 0.05)
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: name)  # no compiler is needed for this one
+    monkeypatch.setattr(learner, "check_compiler", lambda *args: None)  # no compiler is needed for this one
     config, learn = make("--epochs", 5, "--compile")
     learning = []  # which parameters learn is a part of what is compiled: it stays, though some are held at last
     learn.model.register_forward_pre_hook(lambda m, x: learning.append([p.requires_grad for p in m.parameters()]))
@@ -66,6 +66,10 @@ def test_steps_alone_are_compiled_and_it_ends_with_the_fit(make, monkeypatch):
 def test_what_it_needs_is_one_line(make, monkeypatch):
     with pytest.raises(BadInput, match="bf16 on a CPU to nan; pass --precision float32"):
         make("--compile", precision="bf16")
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: "/nowhere")
+    with pytest.raises(BadInput, match="--compile: needs Python.h, such as that of Debian's python3-dev"):
+        make("--compile")
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match="--compile: needs a compiler, such as Debian's g\\+\\+"):
         make("--compile")

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -45,3 +47,5 @@ def check_compiler(device, precision):
     variable, *names = COMPILERS.get(device.type, ("CC", "cc"))
     if not any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
         raise BadInput(f"--compile: needs a compiler, such as Debian's {names[0]}; install one, or leave it out")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():  # the compiled code is a module of Python
+        raise BadInput("--compile: needs Python.h, such as that of Debian's python3-dev; install it, or leave it out")
