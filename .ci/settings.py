@@ -25,6 +25,9 @@ Three more flags are not settings:
   the start of Python and torch. On a busy or a slow machine it can take a minute.
 - `--help` lists the flags.
 
+A file `args.yaml` has a value for every setting, so a flag beside it changes no other default. For example, with
+`--ema 0` also pass `--threshold 1e-4`.
+
 Some settings take one value or several. Several values make a [comparison](comparing.md).
 """
 
@@ -40,8 +43,8 @@ GROUPS = {  # heading: (settings, notes)
           at a random place for training (unless `--augment none`). For a pretrained network of timm, `--size auto` is
           the size that its weights were trained with.
         - Images are decoded once, into a file that is mapped into memory. Without `--cache` the file is removed at the
-          end (not under torchrun). With `--cache DIR` it stays, and later runs use it again if the names, sizes and
-          times of the images have not changed.
+          end (not under torchrun). With `--cache DIR` it stays, and later runs use it again. Another
+          size, split or fold makes another file, and so does a change of the images' names, sizes or times.
         """,
     ),
     "Network": (
@@ -80,8 +83,8 @@ GROUPS = {  # heading: (settings, notes)
         - The range test trains a copy of the network while the rate rises, by default from 1e-5 to 10. It leaves no
           trace: a run with `--lr find` that finds x equals a run with `--lr x` to the bit. With `--accumulate`,
           `--lr-iters` counts updates.
-        - The loss reacts late to the rates if the momentum is large. So the range test has at least 10 / (1 - momentum)
-          batches: 1,000 with `--momentum 0.99`.
+        - The loss reacts late to the rates if the momentum is large. So by default the range test has 10 / (1 -
+          momentum) batches, from 100 to 2,000: 1,000 with `--momentum 0.99`.
         - `--lr` is the largest rate of every schedule. With a number there is no range test, and the other settings of
           this table have no effect.
         """,
@@ -100,8 +103,8 @@ GROUPS = {  # heading: (settings, notes)
         - `one_cycle` sets the momentum itself, between `--max-momentum` and `--min-momentum`. `--momentum` then counts
           in its range test alone. `rmsprop` and `adagrad` have no momentum.
         - A setting acts under the schedules that its meaning names. `--warmup-epochs` acts under all of them,
-          `--cycle-length` under `triangular`, `triangular2` and `warm_restarts`. What acts under `plateau` acts under
-          `grow_batch` too.
+          `--pct-start` under `one_cycle` and `flat_cos`, `--cycle-length` under `triangular`, `triangular2` and
+          `warm_restarts`. What acts under `plateau` acts under `grow_batch` too.
         - `--perturb-on-plateau` has its own detector of plateaus. `--monitor`, `--patience-epochs`, `--threshold`,
           `--threshold-mode` and `--cooldown-epochs` count for it too. `--monitor` also counts for `--stop-after`.
         - With `--ema`, `--monitor` names a value of the averaged weights. (`train_loss` and `train_acc` are those of
@@ -123,12 +126,12 @@ GROUPS = {  # heading: (settings, notes)
     "Machine": (
         "device precision compile workers threads",
         """
-        - `--threads auto` starts with a thread for each core that the process may use, but with no more than torch
-          has by itself. Affinity and the quota of a container limit these cores. On a CPU, a run checks once a second
-          how many of them other programs use. It gives up the cores that they keep busy, and takes them again when
-          they are free. It says so in a line. If the number of threads changes, the run is not repeatable to the bit.
-          `--threads N` never changes it. Only on Linux does a run see other programs, and not with loader processes
-          or torchrun. With `--compile` it does not adapt.
+        - `--threads auto` starts with a thread for each core that the process may use, but with no more than torch has
+          by itself. Affinity and the quota of a container limit these cores. On a CPU, a run checks once a second how
+          many of them other programs use. It gives up the cores that they keep busy, and takes them again when they are
+          free. It says so once, in a line. If the number of threads changes, the run is not repeatable to the bit.
+          `--threads N` never changes it. Only on Linux does a run see other programs, and not with loader processes or
+          torchrun. With `--compile` it does not adapt.
         - fp16 needs a CUDA device; `--precision auto` never takes it.
         - `--compile` needs a compiler, and Python's headers (`Python.h`). On a CPU it needs `--precision float32`. It
           works in one process only, and not with `--minutes`.
@@ -160,7 +163,7 @@ END = """
 | 0 | the run is done |
 | 1 | another process of the run is gone, or an error that nobody has foreseen |
 | 2 | bad input, a bad setting, a disk that cannot be written, too little memory; one line on stderr says which |
-| 3 | the loss is not finite any more; the message names the epoch, the batch and the rate |
+| 3 | the loss is not finite any more, after training has begun; the message names the epoch, the batch and the rate |
 | 130 | interrupted; during training, a line names the command that goes on |
 """
 
