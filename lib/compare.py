@@ -180,11 +180,6 @@ def on_all_images(runs):
     return found
 
 
-def disturbed(run):
-    """Whether other processes used so much of the machine that the seconds of a run are no good measure."""
-    return (run["summary"].get("other_load") or 0) > pages.DISTURBED
-
-
 def interval(scores, base, folds=0):
     """Mean of paired differences, and half the width of its 95% interval (Student's t); None for fewer than 2 pairs.
 
@@ -254,7 +249,7 @@ def table(variants):
             forms |= {"epochs_to_target": "{:.1f}" if len(runs) > 1 else "{:.0f}", "seconds_to_target": "{:.0f}"}
         forms |= {"train_seconds": "{:.0f}"}
         values = {key: [run["summary"][key] for run in runs] for key in forms}
-        marked = [key for key in forms if "seconds" in key and any(values[key]) and any(map(disturbed, runs))]
+        marked = [key for key in forms if "seconds" in key and any(values[key]) and any(map(pages.disturbed, runs))]
         cells = [spread(values[key], form) + " *" * (key in marked) for key, form in forms.items()]
         if folds:
             pooled = on_all_images(runs)
@@ -296,7 +291,8 @@ def report(folders, out, show=False):
     title = out.resolve().name
     write(out / "comparison.md", "\n\n".join([f"# {title}", text, *notes]) + "\n")
     finals = {name: [run["summary"]["test_acc"] for run in group] for name, group in variants.items()}
-    write_figure(out / "comparison.png", plots.comparison(curves, title, target, finals))
+    timed = len(set(map(pages.machine_of, runs))) == 1 and not any(map(pages.disturbed, runs))
+    write_figure(out / "comparison.png", plots.comparison(curves, title, target, finals, timed))
     page = pages.write(out, show=show)
     print("\n" + text + "\n\n" + "\n".join(notes) + f"\n-> {printable(page)}", flush=True)
 
@@ -316,7 +312,9 @@ def remarks(runs, missing, differ):
         notes.append("These runs saw different images: the comparison is not fair.")
     if "test" in {run["summary"]["chosen_on"] for run in runs}:
         notes.append("Test chose the weights (no held-out set), so test accuracies are too good.")
-    if any(map(disturbed, runs)):
+    if len(set(map(pages.machine_of, runs))) > 1:
+        notes.append("Chips or numbers of threads differ between these runs: their seconds are not to be compared.")
+    if any(map(pages.disturbed, runs)):
         notes.append(f"*: other programs used more than {pages.DISTURBED} cores; alone, these runs would be faster.")
     if folds:
         how = "intervals over them allow for it (Nadeau & Bengio, 2003), and take the mean of a fold's seeds"

@@ -39,6 +39,16 @@ DISTURBED = 0.25  # if other programs used more cores than this, the seconds of 
 MEASURED = ("valid_loss", "valid_acc", "test_loss", "test_acc")  # after an epoch, and again of the kept weights
 
 
+def disturbed(run):
+    """Whether other programs used so much of the machine that the seconds of a run are no good measure."""
+    return float(run["summary"].get("other_load") or 0) > DISTURBED
+
+
+def machine_of(run):
+    """What the seconds of a run depend on, beside its settings and other programs."""
+    return tuple(run["env"].get(fact) for fact in ("device_name", "cpu_model", "threads"))
+
+
 def read_table(path):
     """A CSV file as lists of text, the header first; an empty header where there is no file."""
     if not path.exists():
@@ -245,7 +255,7 @@ def of_comparison(folder):
         run = folder / row["folder"]
         link = f"{row['folder']}/report.html"
         row["link"] = quote(link, errors="surrogateescape") if (run / "report.html").exists() else None
-        row["disturbed"] = float(row.get("other_load") or 0) > DISTURBED
+        row["disturbed"] = disturbed({"summary": row})
         variants.setdefault(row["variant"], []).append(columns(run / "results.csv"))
     curves = [{"name": name, **{c: band(group, c) for c in CURVES}} for name, group in variants.items()]
     shown = "variant seed fold test_acc best_epoch lr train_seconds disturbed folder link".split()

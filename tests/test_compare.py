@@ -11,10 +11,12 @@ import scipy.stats
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from lib import compare, config, runs, train
 from lib.cli import BadInput
 from lib.explain import evaluate, plots
+from lib.machine import environment
 from lib.train import lr_range, progress, recorder
 from tests.conftest import SMALL, fingerprint
 from train_fastai import main
@@ -157,6 +159,19 @@ def test_runs_of_two_machines_and_of_two_targets_are_one_variant(pair, bands, tm
         path = tmp_path / f"s{seed}/summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"target": [0.01, 2.0][seed]}))
     assert re.search(r"epochs to 0.01 .*\n.*\n\| plateau \| 2 \| .* \| 1.0 ± 0.0 \|", text())
+
+
+def test_seconds_of_two_chips_are_not_compared(pair, monkeypatch):
+    change, text = pair
+    timed = []
+    monkeypatch.setattr(plots, "comparison", lambda *args: timed.append(args[-1]) or Figure())
+    change("summary.json", json.loads, json.dumps, other_load=0.0)
+    change("env.json", json.loads, json.dumps, cpu_model="another")
+    assert "their seconds are not to be compared" in text()
+    change("env.json", json.loads, json.dumps, cpu_model=environment()["cpu_model"])
+    assert "their seconds are not to be compared" not in text()
+    change("summary.json", json.loads, json.dumps, other_load=2.0)
+    assert "* |" in text() and timed[0] is timed[2] is False
 
 
 def test_runs_of_two_sizes_saw_the_same_images(pair):

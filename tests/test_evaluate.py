@@ -224,6 +224,15 @@ def test_a_comparison_speaks_of_bands_where_there_are_some():
         assert figure.get_suptitle() == "both" + ": mean over seeds, band of ± 1 standard deviation" * bands
 
 
+def test_a_comparison_has_no_seconds_where_they_say_nothing():
+    curves = {name: [(1, 9, 0.5), (2, 18, 0.6)] for name in "ab"}
+    labels = [
+        [ax.get_xlabel() for ax in plots.comparison(curves, "title", timed=timed).axes] for timed in (True, False)
+    ]
+    seconds = "seconds of training, evaluation included"
+    assert seconds in labels[0] and labels[1] == [label for label in labels[0] if label != seconds]
+
+
 def test_a_comparison_ends_at_1_and_has_a_dot_a_seed_and_small_multiples_for_many():
     curves = {f"v{i}": [(1, 9, 0.9), (1, 8, 1.0), (2, 18, 0.99), (2, 17, 1.0)] for i in range(7)}
     for names in (list(curves)[:2], list(curves)):

@@ -268,27 +268,27 @@ def comparison(
     title,  # first line of the figure
     target=None,  # accuracy drawn as a line, where a curve comes to it
     finals=None,  # {variant: test accuracy of the kept weights of each seed}: a dot each
+    timed=True,  # whether seconds can be compared; if not, nothing is drawn against them
 ):
     """Test accuracy of each variant: curves of the mean over seeds, band of ± 1 deviation; and the end of each seed.
 
     Up to 5 variants share their axes, against epochs and seconds; of more each has its own, the others in grey.
     """
     found, many = {name: means(points) for name, points in curves.items()}, len(curves) > 5
-    rows, cols = (math.ceil(len(curves) / 4), 4) if many else (1, 2)
+    rows, cols = (math.ceil(len(curves) / 4), 4) if many else (1, 1 + timed)
     figure = Figure(figsize=(17, min(max(3 * rows, 6), 500)), layout="constrained")  # up to 65,000 pixels, at 130 dpi
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
     grid = left.subplots(rows, cols, squeeze=False, sharex=many, sharey=True)
     for i, (name, (marks, seconds, mean, deviation, n)) in enumerate(found.items()):
         look = dict(color=COLOURS[i % len(COLOURS)], marker="." if len(marks) < 15 else None)
-        panels = [(grid.flat[i], marks)] if many else [(grid[0, 0], marks), (grid[0, 1], seconds)]
-        for ax, x in panels:
+        for ax, x in [(grid.flat[i], marks)] if many else zip(grid.flat, (marks, seconds)):
             if many:
                 for other in found.values():
                     ax.plot(other[0], other[2], color="#bbbbbb", lw=0.8)
                 ax.set_title(textwrap.fill(short(name, 80), 34), fontsize=11, parse_math=False)
             ax.plot(x, mean, label=f"{name} (n = {n})", lw=2, **look)
-            low, high = mean - deviation, np.minimum(mean + deviation, 1)
-            ax.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0) if n > 1 else None
+            ends = mean - deviation, np.minimum(mean + deviation, 1)
+            ax.fill_between(x, *ends, color=look["color"], alpha=0.2, lw=0) if n > 1 else None
     for k, ax in enumerate(grid.flat):
         tidy(ax)
         ax.set(xlabel="epoch" if many or k == 0 else "seconds of training, evaluation included")
