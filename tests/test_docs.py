@@ -358,10 +358,10 @@ TOLD = [path for path in PAGES if path.parent in (ROOT, ROOT / "docs")]
 TOLD_LINES = sorted({line for path in TOLD for line in uv_lines(path)})
 
 
-def pipeline_of_the_docs():
-    """The Python of own-images.md that writes a pipeline."""
+def python_of_own_images(word="A.save"):
+    """The Python of own-images.md that has this word: by default, what writes a pipeline."""
     text = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "A.save" in block)
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if word in block)
     return code
 
 
@@ -369,7 +369,7 @@ def test_the_pipeline_in_the_docs_is_one_that_a_run_takes(tmp_path, monkeypatch)
     from lib.data.augment import from_file
 
     monkeypatch.chdir(tmp_path)
-    exec(pipeline_of_the_docs())
+    exec(python_of_own_images())
     assert len(from_file(tmp_path / "mine.yaml", 64)) == 3
 
 
@@ -411,7 +411,9 @@ def here(tmp_path_factory):
                 save(here / name / f"class {k}" / f"{i:02}.png", picture(rng, k))
     save(here / "photo.jpg", picture(rng, 0))
     with contextlib.chdir(here):
-        exec(pipeline_of_the_docs())  # writes mine.yaml
+        exec(python_of_own_images())  # writes mine.yaml
+        Path("made").mkdir()
+        Path("make.py").write_text("import os; os.chdir('made')\n" + python_of_own_images("load_sample_images"))
     for name, schedule in (("a", "plateau"), ("b", "one_cycle")):
         options = ["--data", str(here / "photos"), "--schedule", schedule, "--out", str(here / "runs"), "--name", name]
         assert main([*options, *TOY_RUN, "--model", "small", "--lr", "0.05"]) == 0
@@ -427,8 +429,8 @@ def test_every_command_runs_at_toy_size(line, here):
     program, *words = shlex.split(line)
     if "train_fastai.py" in (program, *words):
         program, *words = toy(line, TOLD_LINES.index(line))
-    elif words[1] in TOY_BENCHMARKS:
-        words += [word.replace("HERE", str(here)) for word in TOY_BENCHMARKS[words[1]].split()]
+    elif toys := [TOY_BENCHMARKS[word] for word in words if word in TOY_BENCHMARKS]:
+        words += toys[0].replace("HERE", str(here)).split()
     launch = {"train_fastai.py": [str(ROOT / program)], "torchrun": ["-m", "torch.distributed.run"], "python": []}
     cifar10 = str(here / "FOLDER")
     place = {"train_fastai.py": str(ROOT / "train_fastai.py"), "FOLDER": cifar10, "~/.fastai/data/cifar10": cifar10}
