@@ -120,6 +120,23 @@ def test_a_run_on_two_ranks_is_written_once_and_goes_on_with_one(bands, tmp_path
     assert len(results(run)) == 4 and (run / "summary.json").exists()
 
 
+def test_images_are_decoded_by_one_rank_of_each_machine(tmp_path):
+    """Two machines of two ranks: the second machine may have a disk of its own."""
+
+    def job(rank):
+        os.environ["LOCAL_RANK"] = str(rank % 2)
+        with ranks.joined(torch.device("cpu")), ranks.first_alone():
+            print(rank)
+            found = sorted(p.name for p in tmp_path.glob("seen*"))
+            time.sleep(0.3)
+            (tmp_path / f"seen{rank}").write_text(" ".join(found))
+
+    assert on_ranks(4, job, tmp_path) == [0] * 4, said(tmp_path)
+    found = [(tmp_path / f"seen{rank}").read_text() for rank in range(4)]
+    assert found == ["", "seen0 seen2", "seen0", "seen0 seen2"]
+    assert [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(4)] == ["0\n", "", "", ""]
+
+
 def said(path):
     return "\n".join(file.read_text() for file in sorted(path.glob("rank*.txt")))
 

@@ -1,5 +1,6 @@
 """Several processes: torchrun starts them, torch's DistributedDataParallel joins their gradients."""
 
+import os
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 
@@ -95,12 +96,16 @@ def gathered(part, sizes):
 
 @contextmanager
 def first_alone():
-    """The first rank runs the block before the others do, so they find what it wrote. They print nothing there."""
-    if world() > 1 and not leads():
+    """The first rank runs the block, then the first of each other machine, then the rest: they find what was written.
+
+    Only the first rank prints there.
+    """
+    turn = 0 if leads() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for _ in range(turn):
         dist.barrier()
     with nullcontext() if leads() else redirect_stdout(None):
         yield
-    if world() > 1 and leads():
+    for _ in range(2 - turn if world() > 1 else 0):
         dist.barrier()
 
 
