@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 EARLY_EPOCHS = 3  # in which a network's `early` parameters learn (Jordan, arXiv 2404.00498)
 # fastai's callbacks that could have no effect here -> what to do instead
 REFUSED = dict.fromkeys(("MixedPrecision", "ModelToHalf", "NonNativeMixedPrecision"), "pass precision='bf16' or 'fp16'")
-REFUSED |= dict.fromkeys(("DistributedTrainer", "ParallelTrainer"), "start the script with torchrun (docs/ranks.md)")
+REFUSED |= dict.fromkeys(("DistributedTrainer", "ParallelTrainer"), "run train_fastai.py with torchrun (docs/ranks.md)")
 
 
 class Unscale(Callback):
