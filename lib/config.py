@@ -101,7 +101,7 @@ class Config:
     factor: float = option(0.3, "what plateau multiplies the learning rate by", low=1e-6, high=0.999999)
     min_lr: float = option(0.0, "lowest learning rate of plateau", low=0)
     threshold_mode: Literal["rel", "abs"] = option("rel", "whether plateau's threshold is relative or absolute")
-    threshold: float = option(None, "change that plateau needs (1e-4; cifar10 0.04 with valid_loss, ema)", low=0)
+    threshold: float = option(None, "least change that plateau counts (1e-4; cifar10 0.04 with valid_loss, ema)", low=0)
     cooldown_epochs: int = option(0, "epochs after a reduction in which plateau does not count", low=0)
     warmup_epochs: float = option(0.0, "epochs in which the rate rises from a quarter to all of it; 0: none", low=0)
     pct_start: float = option(None, "share of epochs before the rate falls (0.25; flat_cos 0.75)", low=0.01, high=0.99)
